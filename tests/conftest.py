@@ -1,0 +1,55 @@
+"""What the tests share: made-up data, a narrow network's settings, and the scripts as subprocesses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import airbench94
+
+torch.set_num_threads(1)    # the tests' networks are so small that a second thread would only wait
+NARROW = ['net.widths.block1=8', 'net.widths.block2=16', 'net.widths.block3=16', 'opt.batch_size=32']
+
+
+def made_up_split(n, seed=0, classes=airbench94.CIFAR_CLASSES):
+    """A learnable split in the cache format: noise, tinted in its class's colour."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, len(classes), (n,), generator=g)
+    noise = torch.randint(0, 100, (n, 32, 32, 3), generator=g, dtype=torch.uint8)
+    tint = torch.tensor([(30 * c % 150, 70 * c % 150, 110 * c % 150) for c in range(len(classes))], dtype=torch.uint8)
+    return {'images': noise + tint[labels, None, None], 'labels': labels, 'classes': list(classes)}
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    """A folder in the cache format: 200 training and 60 test images with CIFAR-10's class names."""
+    path = tmp_path_factory.mktemp('set')
+    torch.save(made_up_split(200, seed=1), path / 'train.pt')
+    torch.save(made_up_split(60, seed=2), path / 'test.pt')
+    return path
+
+
+@pytest.fixture
+def loaders(folder):
+    """make(dtype=..., device=..., **options) -> (train_loader, test_loader)."""
+    def make(device='cpu', dtype=torch.float32, batch_size=32, aug=airbench94.hyp['aug'], **options):
+        return (airbench94.CifarLoader(folder, True, batch_size, aug, device=device, dtype=dtype, **options),
+                airbench94.CifarLoader(folder, False, device=device, dtype=dtype))
+    return make
+
+
+@pytest.fixture
+def narrow():
+    """hyp with a narrow network, batches of 32 and two epochs."""
+    return airbench94.override(airbench94.hyp, NARROW + ['opt.train_epochs=2'])
+
+
+def run_script(*args, cwd, script=ROOT / 'airbench94.py', env=None, **options):
+    """Run the script to its end as a user would, and return the finished process with its text."""
+    return subprocess.run([sys.executable, str(script), *map(str, args)], cwd=cwd, env=env,
+                          capture_output=True, text=True, timeout=280, **options)

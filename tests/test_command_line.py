@@ -1,0 +1,167 @@
+"""The script as its users run it: right runs, and every mistake as one line and exit code 2."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import airbench94
+from airbench94 import UserError, leaves, override, summarize
+from conftest import NARROW, ROOT, run_script
+
+OFFLINE = os.environ | {'CIFAR10_URL': 'http://127.0.0.1:9/cifar-10-python.tar.gz'}     # where nobody listens
+ONE_THREAD = OFFLINE | {'OMP_NUM_THREADS': '1'}
+TINY = ['--device', 'cpu', *NARROW, 'opt.train_epochs=1']
+
+
+def only_log(folder):
+    (path,) = folder.iterdir()
+    return path, json.loads((path / 'log.json').read_text())
+
+
+def test_digits_reach_95_percent(tmp_path):
+    done = run_script('--data', 'digits', '--device', 'cpu', cwd=tmp_path)
+    path, log = only_log(tmp_path / 'logs')
+    assert done.returncode == 0 and done.stderr == ''
+    assert log['summary']['n'] == 1 and log['summary']['mean'] >= 0.95
+    assert log['data']['name'] == 'digits' and log['data']['train'] + log['data']['test'] == 1797
+    assert 'this is no CIFAR-10 figure' in done.stdout and 'one run proves nothing' in done.stdout
+
+
+def test_a_call_prints_and_logs_all_that_is_promised(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / 'set')
+    done = run_script('--data', 'set', '--runs', 3, '--seed', 5, '--log', 'kept', *TINY, cwd=tmp_path, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    path, log = only_log(tmp_path / 'kept')
+    assert list(log) == ['script', 'argv', 'source', 'hyp', 'data', 'device', 'dtype', 'versions', 'commit',
+                         'pflop', 'runs', 'summary']
+    assert log['script'] == 'airbench94.py' and log['argv'][1:4] == ['--data', 'set', '--runs']
+    assert log['source'] == (ROOT / 'airbench94.py').read_text() == (path / 'airbench94.py').read_text()
+    assert log['hyp'] == override(airbench94.hyp, [*NARROW, 'opt.train_epochs=1'])
+    assert log['versions']['torch'] == torch.__version__ and log['dtype'] == 'float32'
+    assert [run['seed'] for run in log['runs']] == [5, 6, 7]
+    assert [json.loads((path / 'runs' / f'0000{i}.json').read_text()) for i in range(3)] == log['runs']
+    accs = torch.tensor([run['tta_val_acc'] for run in log['runs']], dtype=torch.float64)
+    assert log['summary']['n'] == 3 and log['summary']['failed'] == 0 and log['summary']['target'] == 0.94
+    assert log['summary']['mean'] == pytest.approx(accs.mean().item())
+    assert log['summary']['std'] == pytest.approx(accs.std().item())
+    header, *rows = [line for line in done.stdout.splitlines() if line.startswith('|')]
+    assert header.split()[1::2] == ['run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'seconds']
+    assert len(rows) == 6 and len({len(line) for line in rows}) == 1
+    assert 'standard deviation' in done.stdout and 'p = ' in done.stdout and 'on the clock' in done.stdout
+
+    again = run_script('--data', 'set', '--seed', 6, '--log', 'again', *TINY, cwd=tmp_path, env=ONE_THREAD)
+    assert again.returncode == 0
+    (repeated,) = only_log(tmp_path / 'again')[1]['runs']
+
+    def figures(run):
+        return [run['tta_val_acc'], *(epoch[key] for epoch in run['epochs'] for key in ('train_loss', 'val_acc'))]
+    assert figures(repeated) == figures(log['runs'][1])
+
+
+def test_without_a_network_it_trains_on_digits_and_says_so(tmp_path):
+    done = run_script(*TINY, cwd=tmp_path, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert 'THIS IS NOT CIFAR-10' in done.stdout and 'Connection refused' in done.stdout
+    log = only_log(tmp_path / 'logs')[1]
+    assert log['data']['name'] == 'digits' and log['hyp']['aug']['flip'] is False
+    assert log['hyp']['opt']['train_epochs'] == 1       # what the user asks for goes before the digits' settings
+
+
+def test_the_script_runs_alone_in_another_folder(tmp_path, folder):
+    shutil.copy(ROOT / 'airbench94.py', tmp_path)
+    shutil.copytree(folder, tmp_path / 'cifar10')       # the default folder
+    done = run_script(*TINY, cwd=tmp_path, script=tmp_path / 'airbench94.py', env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert only_log(tmp_path / 'logs')[1]['data']['name'] == 'CIFAR-10'
+
+
+@pytest.mark.parametrize('args, complaint', [
+    (['--runs', '0'], '--runs must be at least 1'),
+    (['--runs', 'many'], "argument --runs: invalid int value: 'many'"),
+    (['--seed', '-1'], '--seed from 0'),
+    (['--fast'], 'unrecognized arguments: --fast'),
+    (['opt.learning_rate=3'], 'opt.learning_rate=3: hyp has no such key; the nearest are '),
+    (['net.widths.block1=-32'], 'net.widths.block1=-32: must be above 0'),
+    (['--device', 'cuda:99'], '--device cuda:99: there is no such device here'),
+    (['--data', 'nowhere'], 'no data in nowhere: looked for train.pt, cifar-10-batches-py, cifar-10-python.tar.gz'),
+    (['--data', 'digits', 'opt.batch_size=2000'], 'a batch of 2000 is larger than the set of 1437 images'),
+    (['--data', 'digits', '--log', 'a-file'], '--log a-file: cannot write there: '),
+    (['--data', 'broken'], 'broken/train.pt must hold a dict with images, labels and classes'),
+])
+def test_a_mistake_gets_one_line_and_exit_code_2(args, complaint, tmp_path):
+    (tmp_path / 'a-file').touch()
+    (tmp_path / 'broken').mkdir()
+    torch.save([1, 2, 3], tmp_path / 'broken' / 'train.pt')
+    done = run_script(*args, cwd=tmp_path, env=OFFLINE)
+    assert done.returncode == 2 and done.stdout == ''
+    (line,) = done.stderr.splitlines()
+    assert line.startswith('airbench94.py: ') and complaint in line
+    assert not (tmp_path / 'logs').exists()
+
+
+def test_ctrl_c_keeps_the_finished_runs(tmp_path, folder):
+    command = [sys.executable, ROOT / 'airbench94.py', '--data', folder, '--runs', '100000', *TINY]
+    with subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 200
+        while not list(tmp_path.glob('logs/*/runs/00001.json')) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and 'interrupted; the finished runs are kept' in out
+    path, log = only_log(tmp_path / 'logs')
+    assert log['summary']['n'] == len(log['runs']) == len(list((path / 'runs').iterdir())) >= 2
+
+
+def test_a_failed_run_is_logged_and_does_not_count(tmp_path, folder):
+    done = run_script('--data', folder, *TINY, 'opt.lr=1e30', cwd=tmp_path, env=ONE_THREAD)
+    log = only_log(tmp_path / 'logs')[1]
+    assert done.returncode == 1 and 'run 0 failed at step' in done.stdout
+    assert log['summary']['n'] == 0 and log['summary']['failed'] == 1 and log['summary']['mean'] is None
+    assert log['runs'][0]['failed']['step'] > 1 and 'nan' in log['runs'][0]['failed']['reason']
+
+
+def test_importing_prints_nothing_and_starts_no_device():
+    code = 'import torch, airbench94; assert not torch.cuda.is_initialized()'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+
+
+def test_overrides_change_a_copy():
+    changed = override(airbench94.hyp, ['opt.train_epochs=2', 'aug.flip=False', 'net.widths.block1=32'])
+    assert changed['opt']['train_epochs'] == 2.0 and isinstance(changed['opt']['train_epochs'], float)
+    assert changed['aug']['flip'] is False and changed['net']['widths']['block1'] == 32
+    assert airbench94.hyp['opt']['train_epochs'] == 9.9 and airbench94.hyp['aug']['flip'] is True
+
+
+@pytest.mark.parametrize('assignment, complaint', [
+    ('opt.lr', 'must be of type float'), ('opt.lr=fast', 'must be of type float'), ('opt.lr=nan', 'above 0'),
+    ('opt.lr=inf', 'above 0'), ('opt.batch_size=1.5', 'must be of type int'), ('aug.flip=2', 'must be of type bool'),
+    ('opt.momentum=1', 'from 0.001 to 0.999'), ('aug.translate=32', 'from 0 to 31'), ('net.tta_level=3', 'from 0 to 2'),
+    ('opt.label_smooth=0.1', 'the nearest are opt.label_smoothing'), ('net.widths=3', 'the nearest are net.'),
+])
+def test_overrides_that_do_not_fit(assignment, complaint):
+    with pytest.raises(UserError, match=complaint) as error:
+        override(airbench94.hyp, [assignment])
+    assert '\n' not in str(error.value)
+
+
+def test_every_number_in_hyp_keeps_to_its_own_limits():
+    override(airbench94.hyp, [f'{key}={group[name]}' for key, (group, name) in leaves(airbench94.hyp)])
+
+
+def test_summary_against_known_statistics():
+    runs = [{'tta_val_acc': acc} for acc in (0.939, 0.940, 0.941, 0.942)] + [{'failed': {}, 'tta_val_acc': None}]
+    summary = summarize(runs, target=0.94)
+    assert (summary['n'], summary['failed'], summary['mean']) == (4, 1, pytest.approx(0.9405))
+    # t = 0.0005 / (0.00129099 / 2) = 0.774597; by the tables of Student's t with 3 degrees of freedom
+    assert summary['std'] == pytest.approx(0.001290994, rel=1e-6)
+    assert summary['p_value'] == pytest.approx(0.2475, abs=5e-4)
+    assert summary['ci95'] == pytest.approx([0.9405 - 3.182446 * 0.000645497, 0.9405 + 3.182446 * 0.000645497])
+    assert summarize(runs[:1], 0.94)['p_value'] is None and summarize([], 0.94)['mean'] is None

@@ -1,0 +1,61 @@
+"""Accelerators: the same training as on the CPU, and, where there is none, whether anything stays on the CPU."""
+
+import pytest
+import torch
+
+from airbench94 import LookaheadState, hyp, infer, make_net, make_optimizer, train, train_step
+
+
+def meta_step(loader):
+    """One whole fp16 step on the meta device, which raises as soon as a CPU tensor takes part."""
+    inputs, labels = next(iter(loader))
+    net = make_net(hyp, device='meta', dtype=torch.float16)
+    optimizer, scheduler = make_optimizer(net, hyp, total_steps=10)
+    lookahead = LookaheadState(net)
+    loss, outputs = train_step(net, optimizer, inputs, labels, hyp['opt']['label_smoothing'])
+    scheduler.step()
+    lookahead.update(decay=0.5)
+    return net, inputs, loss, outputs
+
+
+def test_fp16_training_step_and_tta_leave_nothing_on_the_cpu(loaders):
+    train_loader, test_loader = loaders(device='meta', dtype=torch.float16)
+    net, inputs, loss, outputs = meta_step(train_loader)
+    assert inputs.dtype == outputs.dtype == torch.float16 and outputs.shape == (32, 10)
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+    assert {(p.dtype, 'norm' in name) for name, p in net.named_parameters()} == {
+        (torch.float16, False), (torch.float32, True)}
+    logits = infer(net, test_loader, tta_level=2)
+    assert logits.device.type == 'meta' and logits.shape == (60, 10) and logits.dtype == torch.float16
+
+
+def test_the_meta_device_notices_a_tensor_that_stayed_on_the_cpu(loaders):
+    train_loader, _ = loaders(device='meta', dtype=torch.float16)
+    train_loader.images = torch.empty(200, 32, 32, 3, dtype=torch.uint8)
+    with pytest.raises(RuntimeError):
+        meta_step(train_loader)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+def test_cuda_batches_equal_the_cpus(loaders):
+    (cpu, _), (gpu, _) = loaders(dtype=torch.float16), loaders(dtype=torch.float16, device='cuda')
+    for (a, labels_a), (b, labels_b) in zip(cpu, gpu, strict=True):
+        assert torch.equal(a, b.cpu()) and torch.equal(labels_a, labels_b.cpu())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+def test_cuda_trains_as_the_cpu_does(loaders, narrow):
+    narrow['opt']['train_epochs'] = 1.0
+    torch.backends.cudnn.allow_tf32 = False
+    (a, on_cpu), (b, on_gpu) = (train(*loaders(device=device), narrow) for device in ('cpu', 'cuda'))
+    assert on_gpu['epochs'][0]['train_loss'] == pytest.approx(on_cpu['epochs'][0]['train_loss'], rel=1e-3)
+    for key, v in a.state_dict().items():
+        torch.testing.assert_close(b.state_dict()[key].cpu(), v, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+def test_fp16_trains_on_cuda(loaders, narrow):
+    narrow['opt']['train_epochs'] = 15.5
+    _, record = train(*loaders(device='cuda', dtype=torch.float16), narrow)
+    assert record['tta_val_acc'] > 0.3
