@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -52,6 +53,8 @@ def test_a_call_prints_and_logs_all_that_is_promised(tmp_path, folder):
     assert log['summary']['mean'] == pytest.approx(accs.mean().item())
     assert log['summary']['std'] == pytest.approx(accs.std().item())
     header, *rows = [line for line in done.stdout.splitlines() if line.startswith('|')]
+    assert log['device'].endswith('cpu, 1 threads') and log['pflop'] > 0 and len(log['commit'].split('-')[0]) == 40
+    assert log['data'] == {'name': 'set', 'train': 200, 'test': 60, 'classes': airbench94.CIFAR_CLASSES}
     assert header.split()[1::2] == ['run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'seconds']
     assert len(rows) == 6 and len({len(line) for line in rows}) == 1
     assert 'standard deviation' in done.stdout and 'p = ' in done.stdout and 'on the clock' in done.stdout
@@ -71,7 +74,8 @@ def test_without_a_network_it_trains_on_digits_and_says_so(tmp_path):
     assert 'THIS IS NOT CIFAR-10' in done.stdout and 'Connection refused' in done.stdout
     log = only_log(tmp_path / 'logs')[1]
     assert log['data']['name'] == 'digits' and log['hyp']['aug']['flip'] is False
-    assert log['hyp']['opt']['train_epochs'] == 1       # what the user asks for goes before the digits' settings
+    assert log['hyp']['opt']['batch_size'] == 64        # here the digits' settings go before the user's
+    assert log['hyp']['net']['widths']['block1'] == 8
 
 
 def test_the_script_runs_alone_in_another_folder(tmp_path, folder):
@@ -79,31 +83,47 @@ def test_the_script_runs_alone_in_another_folder(tmp_path, folder):
     shutil.copytree(folder, tmp_path / 'cifar10')       # the default folder
     done = run_script(*TINY, cwd=tmp_path, script=tmp_path / 'airbench94.py', env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
-    assert only_log(tmp_path / 'logs')[1]['data']['name'] == 'CIFAR-10'
+    data = only_log(tmp_path / 'logs')[1]['data']
+    assert data == {'name': 'cifar10', 'train': 200, 'test': 60, 'classes': airbench94.CIFAR_CLASSES}   # not the whole
 
 
-@pytest.mark.parametrize('args, complaint', [
+MISTAKES = [
     (['--runs', '0'], '--runs must be at least 1'),
     (['--runs', 'many'], "argument --runs: invalid int value: 'many'"),
     (['--seed', '-1'], '--seed from 0'),
     (['--fast'], 'unrecognized arguments: --fast'),
     (['opt.learning_rate=3'], 'opt.learning_rate=3: hyp has no such key; the nearest are '),
-    (['net.widths.block1=-32'], 'net.widths.block1=-32: must be above 0'),
+    (['net.widths.block1=-32'], 'net.widths.block1=-32: must be of type int, like 64, from 1 to '),
+    (['opt.batch_size=1.5'], 'opt.batch_size=1.5: must be of type int, like 1024, from 1 to '),
     (['--device', 'cuda:99'], '--device cuda:99: there is no such device here'),
-    (['--data', 'nowhere'], 'no data in nowhere: looked for train.pt, cifar-10-batches-py, cifar-10-python.tar.gz'),
+    (['--data', 'nowhere'], 'no data in nowhere: looked for train.pt + test.pt, cifar-10-batches-py and cifar-10-python.tar.gz'),
+    (['--data', ''], 'no data in : looked for '),
+    (['--data', 'a-file'], 'cannot read a-file: '),
     (['--data', 'digits', 'opt.batch_size=2000'], 'a batch of 2000 is larger than the set of 1437 images'),
-    (['--data', 'digits', '--log', 'a-file'], '--log a-file: cannot write there: '),
-    (['--data', 'broken'], 'broken/train.pt must hold a dict with images, labels and classes'),
-])
-def test_a_mistake_gets_one_line_and_exit_code_2(args, complaint, tmp_path):
-    (tmp_path / 'a-file').touch()
-    (tmp_path / 'broken').mkdir()
-    torch.save([1, 2, 3], tmp_path / 'broken' / 'train.pt')
-    done = run_script(*args, cwd=tmp_path, env=OFFLINE)
-    assert done.returncode == 2 and done.stdout == ''
-    (line,) = done.stderr.splitlines()
-    assert line.startswith('airbench94.py: ') and complaint in line
-    assert not (tmp_path / 'logs').exists()
+    (['--data', 'digits', '--log', 'a-file'], 'Not a directory'),
+    (['--data', 'broken'], 'broken, training set: must be a dict with images, labels and a list of classes'),
+]
+
+
+@pytest.fixture(scope='module')
+def mistaken(tmp_path_factory):
+    """The finished processes of all MISTAKES, two at a time, and the folder that they ran in."""
+    folder = tmp_path_factory.mktemp('mistakes')
+    (folder / 'a-file').touch()
+    (folder / 'broken').mkdir()
+    for name in ('train.pt', 'test.pt'):
+        torch.save([1, 2, 3], folder / 'broken' / name)
+    with ThreadPoolExecutor(2) as pool:
+        return folder, list(pool.map(lambda case: run_script(*case[0], cwd=folder, env=OFFLINE), MISTAKES))
+
+
+@pytest.mark.parametrize('case', range(len(MISTAKES)), ids=[' '.join(args) for args, _ in MISTAKES])
+def test_a_mistake_gets_one_line_and_exit_code_2(case, mistaken):
+    folder, processes = mistaken
+    assert (processes[case].returncode, processes[case].stdout) == (2, '')
+    (line,) = processes[case].stderr.splitlines()
+    assert line.startswith('airbench94.py: ') and MISTAKES[case][1] in line
+    assert not (folder / 'logs').exists()
 
 
 def test_ctrl_c_keeps_the_finished_runs(tmp_path, folder):
@@ -120,15 +140,55 @@ def test_ctrl_c_keeps_the_finished_runs(tmp_path, folder):
 
 
 def test_a_failed_run_is_logged_and_does_not_count(tmp_path, folder):
-    done = run_script('--data', folder, *TINY, 'opt.lr=1e30', cwd=tmp_path, env=ONE_THREAD)
+    done = run_script('--data', folder, *TINY, 'opt.lr=1e9', 'opt.bias_scaler=1e9', cwd=tmp_path, env=ONE_THREAD)
     log = only_log(tmp_path / 'logs')[1]
     assert done.returncode == 1 and 'run 0 failed at step' in done.stdout
     assert log['summary']['n'] == 0 and log['summary']['failed'] == 1 and log['summary']['mean'] is None
     assert log['runs'][0]['failed']['step'] > 1 and 'nan' in log['runs'][0]['failed']['reason']
 
 
+def test_an_accelerator_warms_up_on_random_labels_and_makes_25_runs(tmp_path, folder, monkeypatch, capsys):
+    """The CPU, under another name, stands in for the accelerator."""
+    calls = []
+
+    def train(train_loader, test_loader, hyp, seed=None, on_row=None):
+        calls.append((seed, torch.equal(train_loader.labels, torch.load(folder / 'train.pt')['labels'])))
+        return None, {'seed': seed, 'tta_val_acc': 0.94 + 1e-3 * (seed or 0), 'seconds': 1.0, 'epochs': []}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(airbench94, 'train', train)
+    loader = airbench94.CifarLoader
+
+    def accelerated(*args, device, **kwargs):
+        return loader(*args, device='cpu', **kwargs)
+    monkeypatch.setattr(airbench94, 'CifarLoader', accelerated)
+    monkeypatch.setattr(airbench94, 'pick_device', lambda name: (torch.device('mps'), torch.float32))
+    assert airbench94.main(['--data', str(folder), *NARROW]) == 0
+    assert calls == [(None, False)] + [(seed, True) for seed in range(25)]
+    assert 'runs finished: 25, failed: 0' in capsys.readouterr().out
+
+
+def test_an_error_in_the_middle_keeps_the_finished_runs(tmp_path, folder, monkeypatch):
+    def train(train_loader, test_loader, hyp, seed, on_row):
+        if seed == 2:
+            raise RuntimeError('out of memory')
+        return None, {'seed': seed, 'tta_val_acc': 0.9, 'seconds': 1.0, 'epochs': []}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(airbench94, 'train', train)
+    with pytest.raises(RuntimeError, match='out of memory'):
+        airbench94.main(['--data', str(folder), '--device', 'cpu', '--runs', '5', *NARROW])
+    log = only_log(tmp_path / 'logs')[1]
+    assert log['summary']['n'] == 2 and [run['seed'] for run in log['runs']] == [0, 1]
+
+
+def test_sets_of_different_classes_are_refused(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / 'set')
+    torch.save(torch.load(folder / 'test.pt') | {'classes': [str(i) for i in range(10)]}, tmp_path / 'set' / 'test.pt')
+    with pytest.raises(UserError, match='different classes'):
+        airbench94.main(['--data', str(tmp_path / 'set'), '--device', 'cpu', *NARROW])
+
+
 def test_importing_prints_nothing_and_starts_no_device():
-    code = 'import torch, airbench94; assert not torch.cuda.is_initialized()'
+    code = 'import torch; torch.cuda._lazy_init = torch.zeros = torch.cuda.is_available = None; import airbench94'
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
 
@@ -141,8 +201,9 @@ def test_overrides_change_a_copy():
 
 
 @pytest.mark.parametrize('assignment, complaint', [
-    ('opt.lr', 'must be of type float'), ('opt.lr=fast', 'must be of type float'), ('opt.lr=nan', 'above 0'),
-    ('opt.lr=inf', 'above 0'), ('opt.batch_size=1.5', 'must be of type int'), ('aug.flip=2', 'must be of type bool'),
+    ('opt.lr', 'of type float'), ('opt.lr=fast', 'of type float'), ('opt.lr=nan', 'to 1000000000'),
+    ('opt.lr=inf', 'to 1000000000'), ('opt.lr=0', 'from 1e-09'), ('aug.flip=2', 'of type bool'),
+    ('opt.batch_size=0', 'from 1 '), ('net.batchnorm_eps=-1', 'from 0 '),
     ('opt.momentum=1', 'from 0.001 to 0.999'), ('aug.translate=32', 'from 0 to 31'), ('net.tta_level=3', 'from 0 to 2'),
     ('opt.label_smooth=0.1', 'the nearest are opt.label_smoothing'), ('net.widths=3', 'the nearest are net.'),
 ])

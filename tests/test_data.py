@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,20 +62,25 @@ def small(archive, monkeypatch):
 
 @pytest.fixture
 def server(archive):
-    """A loopback server: /whole, /truncated, /wrong, /stalled; all else is 404. Yields (URL, requested paths)."""
-    content, asked, closing = archive[0], [], threading.Event()
+    """A loopback server: /whole, /both (for two clients at once), /truncated, /wrong, /stalled; all else is 404.
+
+    Yields (URL, requested paths). torchvision asks twice: for redirections, then for the file.
+    """
+    content, asked, closing, both = archive[0], [], threading.Event(), threading.Barrier(2, timeout=120)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
-            if self.path not in ('/whole', '/truncated', '/wrong', '/stalled'):
+            if self.path not in ('/whole', '/both', '/truncated', '/wrong', '/stalled'):
                 return self.send_error(404)
+            if self.path == '/both':
+                both.wait()
             self.send_response(200)
             self.send_header('Content-Length', str(len(content)))
             self.end_headers()
             with contextlib.suppress(OSError):      # the client may have gone
                 self.wfile.write(content[:-1] + b'?' if self.path == '/wrong' else
-                                 content if self.path == '/whole' else content[:len(content) // 2])
+                                 content if self.path in ('/whole', '/both') else content[:len(content) // 2])
                 if self.path == '/stalled':
                     closing.wait(60)
 
@@ -144,12 +150,26 @@ def test_a_local_archive_is_unpacked_and_a_corrupt_one_passed_over(small, server
         (folder / 'cifar-10-python.tar.gz').write_bytes(damaged)
         monkeypatch.setenv('CIFAR10_URL', f'{server[0]}/whole')
         if name == 'bad':       # load_data never downloads
-            with pytest.raises(UserError, match='cannot read .*cifar-10-python.tar.gz'):
+            with pytest.raises(UserError, match='cannot read .*MD5'):
                 load_data(folder)
         download_cifar10(folder)
         check_cache(folder, splits)
     assert capsys.readouterr().out.count('failed: ') == 1
     assert server[1]
+
+
+@pytest.mark.parametrize('scheme', ['', 'file://'])
+def test_the_url_may_be_a_file(scheme, small, tmp_path, monkeypatch):
+    (tmp_path / 'copy.tar.gz').write_bytes(small[0])
+    monkeypatch.setenv('CIFAR10_URL', f"{scheme}{tmp_path / 'copy.tar.gz'}")
+    download_cifar10(tmp_path / 'cifar10')
+    check_cache(tmp_path / 'cifar10', small[2])
+
+
+def test_a_lone_cache_is_no_set(folder, tmp_path):
+    shutil.copy(folder / 'train.pt', tmp_path)
+    with pytest.raises(UserError, match='no data'):
+        load_data(tmp_path, train=False)
 
 
 def test_an_archive_or_its_contents_serve_as_they_are(small, tmp_path):
@@ -162,7 +182,7 @@ def test_an_archive_or_its_contents_serve_as_they_are(small, tmp_path):
         assert torch.equal(load_data(tmp_path, is_train)['images'], expected['images'])
     assert not (tmp_path / 'train.pt').exists()     # a read-only folder serves as well
     (unpacked / 'data_batch_3').write_bytes(b'damaged')
-    with pytest.raises(UserError, match='cannot read .*cifar-10-batches-py'):
+    with pytest.raises(UserError, match='cannot read .*corrupted'):
         load_data(tmp_path)
 
 
@@ -182,8 +202,9 @@ def start_download(folder, attributes, url):
 
 
 def test_two_processes_at_once(small, server, tmp_path):
-    processes = [start_download(tmp_path, small[1], f'{server[0]}/whole') for _ in range(2)]
+    processes = [start_download(tmp_path, small[1], f'{server[0]}/both') for _ in range(2)]
     assert [process.wait(120) for process in processes] == [0, 0]
+    assert server[1] == ['/both'] * 4
     check_cache(tmp_path, small[2])
 
 
@@ -207,31 +228,36 @@ def damage(key, change):
 
 
 @pytest.mark.parametrize('change, complaint', [
-    (lambda data: list(data.values()), 'must hold a dict'),
-    (lambda data: {'images': data['images']}, 'must hold a dict'),
+    (lambda data: list(data.values()), 'must be a dict'),
+    (lambda data: {'images': data['images']}, 'must be a dict'),
+    (damage('classes', len), 'a list of classes'),
     (damage('images', lambda x: x.float()), 'images must be a torch.uint8 tensor'),
     (damage('images', lambda x: x.permute(0, 3, 1, 2)), 'images must be .* shape'),
     (damage('images', lambda x: x[:, ::2, ::2]), 'images must be .* shape'),
-    (damage('images', lambda x: x[:-1]), '199 images need as many labels'),
+    (damage('images', lambda x: x[:-1]), '199 images and 200 labels'),
     (damage('images', lambda x: x.tolist()), 'images must be'),
     (damage('labels', lambda x: x.int()), 'labels must be a torch.int64 tensor'),
     (damage('labels', lambda x: x[:, None]), 'labels must be'),
-    (damage('labels', lambda x: x + 1), 'from 0 to 9'),
-    (damage('labels', lambda x: x - 1), 'from 0 to 9'),
-    (lambda data: data | {'images': data['images'][:0], 'labels': data['labels'][:0]}, 'at least one'),
+    (damage('labels', lambda x: x[0]), 'labels must be'),
+    (damage('labels', lambda x: x + 1), 'from 1 to 10, for 10 classes'),
+    (damage('labels', lambda x: x - 1), 'from -1 to 8'),
+    (lambda data: data | {'images': data['images'][:0], 'labels': data['labels'][:0]}, '0 images and 0 labels'),
 ])
 def test_data_that_is_not_as_it_must_be(change, complaint, tmp_path):
-    torch.save(change(made_up_split(200) | {'labels': torch.arange(200) % 10}), tmp_path / 'train.pt')
+    whole = made_up_split(200) | {'labels': torch.arange(200) % 10}
+    torch.save(whole, tmp_path / 'train.pt')
+    torch.save(change(whole), tmp_path / 'test.pt')
     with pytest.raises(UserError, match=complaint) as error:
-        load_data(tmp_path)
-    assert '\n' not in str(error.value) and 'train.pt' in str(error.value)
+        load_data(tmp_path, train=False)
+    assert '\n' not in str(error.value) and f'{tmp_path}, test set: ' in str(error.value)
 
 
 def test_a_damaged_cache_is_an_error_and_stays(folder, tmp_path):
     whole = (folder / 'train.pt').read_bytes()
+    shutil.copy(folder / 'test.pt', tmp_path)
     for content in (whole[:len(whole) // 2], b'', b'not a tensor'):
         (tmp_path / 'train.pt').write_bytes(content)
-        with pytest.raises(UserError, match='cannot read .*train.pt') as error:
+        with pytest.raises(UserError, match='cannot read ') as error:
             load_data(tmp_path)
         assert '\n' not in str(error.value)
         assert (tmp_path / 'train.pt').read_bytes() == content
@@ -241,10 +267,17 @@ def test_a_cache_cannot_run_code(tmp_path):
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / 'ran',))
-    torch.save({'images': Evil()}, tmp_path / 'train.pt')
+    for name in ('train.pt', 'test.pt'):
+        torch.save({'images': Evil()}, tmp_path / name)
     with pytest.raises(UserError, match='cannot read'):
         load_data(tmp_path)
     assert not (tmp_path / 'ran').exists()
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
+    with pytest.raises(UserError, match='cannot read digits: .*sklearn'):
+        load_data('digits')
 
 
 def test_digits():

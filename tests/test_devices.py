@@ -45,9 +45,9 @@ def test_cuda_batches_equal_the_cpus(loaders):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
-def test_cuda_trains_as_the_cpu_does(loaders, narrow):
+def test_cuda_trains_as_the_cpu_does(loaders, narrow, monkeypatch):
     narrow['opt']['train_epochs'] = 1.0
-    torch.backends.cudnn.allow_tf32 = False
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     (a, on_cpu), (b, on_gpu) = (train(*loaders(device=device), narrow) for device in ('cpu', 'cuda'))
     assert on_gpu['epochs'][0]['train_loss'] == pytest.approx(on_cpu['epochs'][0]['train_loss'], rel=1e-3)
     for key, v in a.state_dict().items():

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import airbench94
 
 GOLDEN = sorted((Path(__file__).parent / 'golden').glob('*.json'))
+assert GOLDEN, 'the golden trajectories are missing'
 
 
 def golden_sets(golden):

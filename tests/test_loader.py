@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from airbench94 import CIFAR_MEAN, CIFAR_STD, CifarLoader, UserError, augment
+from conftest import made_up_split
 
 MEAN, STD = (0.5, 0.25, 0.125), (0.25, 0.2, 0.3)
 
@@ -104,6 +105,12 @@ def test_alternating_flip(loaders):
     assert torch.equal(flips[2], flips[0])
 
 
+def test_order_and_augmentation_are_drawn_apart(loaders):
+    shuffled, ordered = loaders()[0].draw(1), loaders(shuffle=False)[0].draw(1)
+    assert ordered['order'].tolist() == list(range(200)) != shuffled['order'].tolist()
+    assert all(torch.equal(shuffled[key], ordered[key]) for key in ('flip', 'shift'))
+
+
 def test_no_augmentation_draws_none(loaders):
     draws = loaders(aug=None)[0].draw(1)
     assert not draws['flip'].any() and not draws['shift'].any()
@@ -147,7 +154,6 @@ def test_unknown_augmentation_and_batches_larger_than_the_set_are_errors(loaders
 
 
 def test_other_sets_are_normalized_by_their_own_statistics(tmp_path):
-    from conftest import made_up_split
     train = made_up_split(40, classes=['a', 'b', 'c'])
     torch.save(train, tmp_path / 'train.pt')
     torch.save(made_up_split(20, classes=['a', 'b', 'c']), tmp_path / 'test.pt')
@@ -157,3 +163,21 @@ def test_other_sets_are_normalized_by_their_own_statistics(tmp_path):
         torch.testing.assert_close(loader.mean, pixels.mean((0, 1, 2)), rtol=1e-5, atol=0)
         torch.testing.assert_close(loader.std, pixels.flatten(0, 2).std(0, correction=0), rtol=1e-5, atol=0)
         assert loader.classes == ['a', 'b', 'c']
+
+
+def test_images_that_are_not_contiguous_are_made_so_once(tmp_path):
+    split = made_up_split(20)
+    scattered = split | {'images': split['images'].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)}
+    for name in ('train.pt', 'test.pt'):
+        torch.save(scattered, tmp_path / name)
+    loader = CifarLoader(tmp_path, device='cpu', dtype=torch.float32)
+    assert loader.images.is_contiguous() and torch.equal(loader.images, split['images'])
+
+
+def test_a_constant_channel_stays_finite(tmp_path):
+    split = made_up_split(20, classes=['a', 'b'])
+    split['images'][..., 1] = 7
+    for name in ('train.pt', 'test.pt'):
+        torch.save(split, tmp_path / name)
+    loader = CifarLoader(tmp_path, device='cpu', dtype=torch.float32)
+    assert loader.normalize(loader.images).isfinite().all()

@@ -84,8 +84,12 @@ def test_lookahead_averages_weights_and_running_statistics(narrow):
         for v in net.state_dict().values():
             v.add_(1)
     lookahead.update(decay=0.75)
+    with torch.no_grad():       # the average and the network are both at 0.25 now
+        for v in net.state_dict().values():
+            v.add_(1)
+    lookahead.update(decay=0.75)
     for key, v in net.state_dict().items():
-        moved = 0.25 if v.is_floating_point() else 1        # num_batches_tracked is not averaged
+        moved = 0.5 if v.is_floating_point() else 2         # num_batches_tracked is not averaged
         torch.testing.assert_close(v, before[key] + moved, rtol=0, atol=1e-6, check_dtype=False)
 
 
