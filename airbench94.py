@@ -54,7 +54,7 @@ def clock(device):
 #### Hyperparameters ###############################################################################
 hyp = {
     'opt': {
-        'train_epochs': 9.9,        # the fewest that reach the target
+        'train_epochs': 9.9,        # of the training set; the paper's fewest that reach the target
         'batch_size': 1024,         # examples
         'lr': 11.5,                 # per 1024 examples
         'momentum': 0.85,           # Nesterov's
@@ -120,7 +120,7 @@ class CifarLoader:
     One iteration is one epoch of (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images`
     (uint8 NHWC) and `labels` may be replaced, as in `loader.images = loader.images[mask]`.
     path: as for load_data. aug: {'flip': bool, 'translate': pixels}, default none. drop_last, shuffle:
-    default to `train`. Raises UserError for an unknown augmentation and as load_data does; its length
+    default to `train`. Raises UserError for a wrong batch_size or aug and as load_data does; its length
     and iteration raise UserError if short batches are dropped and the set does not fill one."""
     def __init__(self, path, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None,
                  *, seed=0, device, dtype):
@@ -132,8 +132,8 @@ class CifarLoader:
         self.mean, self.std = (torch.tensor(data[key], dtype=work, device=device) for key in ('mean', 'std'))
         self.batch_size = batch_size
         self.aug = {'flip': False, 'translate': 0} | (aug or {})
-        if self.aug.keys() != {'flip', 'translate'}:
-            raise UserError(f'unknown augmentation in {aug}: there are flip and translate')
+        if batch_size < 1 or self.aug.keys() != {'flip', 'translate'} or not 0 <= self.aug['translate'] < 32:
+            raise UserError(f'batch_size={batch_size}, aug={aug}: needs 1 or more, and only flip and translate, 0 to 31')
         self.drop_last = train if drop_last is None else drop_last
         self.shuffle = train if shuffle is None else shuffle
         self.seed, self.epoch = seed, 0     # epoch: how many were served so far
@@ -160,7 +160,7 @@ class CifarLoader:
         # Alternating flip (section 3.6): the first epoch's coins, drawn again from a stream of their
         # own (number 0), are turned over every other epoch.
         coins = np.random.default_rng((self.seed, 0)).random(n) < 0.5
-        flip = (coins ^ (epoch % 2 == 1)) & self.aug['flip']
+        flip = (coins ^ (epoch % 2 == 1)) & bool(self.aug['flip'])
         return {key: torch.from_numpy(v) for key, v in (('order', order), ('flip', flip), ('shift', shift))}
 
     def __iter__(self):
@@ -261,8 +261,8 @@ def make_optimizer(net, hyp, total_steps):
     """Nesterov SGD and its schedule, as (optimizer, scheduler). Learning rate, weight decay, momentum and batch
     size can each be tuned alone: https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/"""
     opt, schedule = hyp['opt'], hyp['opt']['schedule']
-    # Under a constant gradient, momentum makes steps 1 / (1 - momentum) times as large as the learning
-    # rate says. Dividing by that, and as published by one more, keeps their size for any momentum.
+    # Dividing by the scale keeps the size of a step about the same for any momentum. (Under a constant
+    # gradient, momentum enlarges steps by 1 / (1 - momentum); the published scale, kept here, adds 1.)
     kilostep_scale = 1024 * (1 + 1 / (1 - opt['momentum']))
     lr = opt['lr'] / kilostep_scale
     lr_biases = lr * opt['bias_scaler']
@@ -308,7 +308,7 @@ def tta_views(inputs, tta_level):
     return views
 
 def infer(net, loader, tta_level=0):
-    """Logits (N, num_classes) of the loader's images, in set order, without training's augmentation."""
+    """Logits (N, num_classes) of the loader's images, in set order, only TTA applied. Leaves net in eval mode."""
     net.eval()
     logits = []
     with torch.no_grad():
@@ -533,13 +533,13 @@ def print_summary(log):
     summary, seconds = log['summary'], [run['seconds'] for run in log['runs'] if 'failed' not in run]
     print('runs finished: {n}, failed: {failed}'.format(**summary))
     if seconds:
-        spread = 'standard deviation {std:.4f}, 95% interval {ci95[0]:.4f} to {ci95[1]:.4f}, one-sided p = {p_value:.2g}'
-        verdict = spread if summary['ci95'] else 'one run proves nothing' if summary['n'] == 1 else 'the runs are equal'
+        spread = 'std {std:.4f}, 95% interval of the mean {ci95[0]:.4f} to {ci95[1]:.4f}, one-sided p = {p_value:.2g}'
+        verdict = spread if summary['ci95'] else 'one run proves nothing' if summary['n'] == 1 else 'all runs equal'
         print(('mean accuracy with TTA {mean:.4f}, target {target}: ' + verdict).format(**summary))
         print(f"{np.mean(seconds):.2f} seconds, {log['pflop']:.3g} PFLOP a run; {log['device']}, {log['dtype']}\n"
               'on the clock: from first access to the training data to test-set predictions, without validation')
-    if log['data']['name'] != 'CIFAR-10':
-        print(f"this is no CIFAR-10 figure: the data is {log['data']['name']}")
+    if not log['data']['is_cifar10']:
+        print(f"this is no CIFAR-10 figure: the data is {log['data']['path']}")
 
 #### Command line ##################################################################################
 LIMITS = {      # of values in hyp, both included; other floats go from 0, other ints from 1, to 1e9
@@ -584,7 +584,7 @@ def pick_device(name=None):
         torch.zeros(1, device=name).item()
     except Exception:       # of many kinds, by what torch was built with
         raise UserError(f'--device {name}: there is no such device here')
-    return torch.device(name), torch.float16 if name.startswith('cuda') else torch.float32
+    return torch.device(name), torch.float16 if torch.device(name).type == 'cuda' else torch.float32
 
 def parse_args(argv):
     def error(message):
@@ -614,24 +614,24 @@ def choose_data(args):
         download_cifar10('cifar10')
         return 'cifar10', settings
     except UserError as error:
-        print(f'\n*** THIS IS NOT CIFAR-10, which could not be had: {error}\n*** Training on handwritten digits instead. '
-              'For CIFAR-10, put it into the folder cifar10 or set CIFAR10_URL.\n', flush=True)
+        print(f'\n*** THIS IS NOT CIFAR-10, which could not be had: {error}\n*** Training on handwritten digits, with '
+              f'{DIGITS}.\n*** For CIFAR-10, put it into the folder cifar10 or set CIFAR10_URL.\n', flush=True)
         return 'digits', override(settings, DIGITS)
 
 def describe(train_loader, test_loader, data, hyp):
     """All of log.json but its runs and their summary."""
     script, device, sizes = Path(__file__), train_loader.device, (len(train_loader.labels), len(test_loader.labels))
-    is_cifar10 = train_loader.classes == CIFAR_CLASSES and sizes == (50000, 10000)
     commit = subprocess.run('git describe --always --exclude=* --abbrev=40 --dirty', shell=True, cwd=script.parent,
                             capture_output=True, text=True).stdout.strip()
     return {
         'script': script.name, 'argv': sys.argv, 'source': script.read_text(), 'hyp': hyp,
-        'data': {'name': 'CIFAR-10' if is_cifar10 else data, 'train': sizes[0], 'test': sizes[1],
-                 'classes': train_loader.classes},
+        'data': {'path': data, 'train': sizes[0], 'test': sizes[1], 'classes': train_loader.classes,
+                 'is_cifar10': train_loader.classes == CIFAR_CLASSES and sizes == (50000, 10000)},
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else
-                  f'{platform.machine()} {device.type}, {torch.get_num_threads()} threads',
+                  f'{platform.machine()} {device.type}, {torch.backends.cpu.get_cpu_capability()}, '
+                  f'{torch.get_num_threads()} threads',
         'dtype': str(train_loader.dtype).removeprefix('torch.'),
-        'versions': {'python': platform.python_version()} | {m.__name__: m.__version__ for m in (torch, torchvision, np)},
+        'versions': {'python': sys.version} | {m.__name__: m.__version__ for m in (torch, torchvision, np)},
         'commit': commit or None, 'pflop': count_pflop(train_loader, test_loader, hyp), 'runs': []}
 
 def main(argv=None):
@@ -643,11 +643,11 @@ def main(argv=None):
     if train_loader.classes != test_loader.classes:
         raise UserError(f'{data}: training and test set have different classes')
     log = describe(train_loader, test_loader, data, settings)
-    folder = Path(args.log, f"{time.strftime('%Y%m%d-%H%M%S')}-{log['script']}-{os.getpid()}")
+    folder = Path(args.log, f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}-{os.urandom(3).hex()}")
     (folder / 'runs').mkdir(parents=True)
     (folder / log['script']).write_text(log['source'])
     write_json(folder / 'log.json', log)
-    print('{data[name]}: {data[train]} + {data[test]} images; {device}, {dtype}; log in'.format(**log), folder)
+    print('{data[path]}: {data[train]} + {data[test]} images; {device}, {dtype}; log in'.format(**log), folder)
     print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True)
     runs = args.runs or (1 if device.type == 'cpu' else 25)
     torch.backends.cudnn.benchmark = True
@@ -660,12 +660,12 @@ def main(argv=None):
             _, record = train(train_loader, test_loader, settings, args.seed + run,
                               lambda row: print_row({'run': run} | row, rule_below=row['epoch'] == 'eval'))
             write_json(folder / 'runs' / f'{run:05}.json', record)
-            log['runs'].append(record)
             if 'failed' in record:
                 print('run {} failed at step {step}: {reason}'.format(run, **record['failed']), flush=True)
     except KeyboardInterrupt:
         print('\ninterrupted; the finished runs are kept')
     finally:
+        log['runs'] = [json.loads(path.read_text()) for path in sorted(folder.glob('runs/*.json'))]
         log['summary'] = summarize(log['runs'], settings['target'])
         write_json(folder / 'log.json', log)
         print_summary(log)

@@ -1,5 +1,6 @@
 """What the tests share: made-up data, a narrow network's settings, and the scripts as subprocesses."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ['no_proxy'] = os.environ['NO_PROXY'] = '127.0.0.1'      # the tests' servers are here
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -1,11 +1,15 @@
 """The script as its users run it: right runs, and every mistake as one line and exit code 2."""
 
+import fcntl
 import json
 import os
+import pty
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +18,7 @@ import torch
 
 import airbench94
 from airbench94 import UserError, leaves, override, summarize
-from conftest import NARROW, ROOT, run_script
+from conftest import NARROW, ROOT, made_up_split, run_script
 
 OFFLINE = os.environ | {'CIFAR10_URL': 'http://127.0.0.1:9/cifar-10-python.tar.gz'}     # where nobody listens
 ONE_THREAD = OFFLINE | {'OMP_NUM_THREADS': '1'}
@@ -31,7 +35,7 @@ def test_digits_reach_95_percent(tmp_path):
     path, log = only_log(tmp_path / 'logs')
     assert done.returncode == 0 and done.stderr == ''
     assert log['summary']['n'] == 1 and log['summary']['mean'] >= 0.95
-    assert log['data']['name'] == 'digits' and log['data']['train'] + log['data']['test'] == 1797
+    assert log['data']['path'] == 'digits' and log['data']['train'] + log['data']['test'] == 1797
     assert 'this is no CIFAR-10 figure' in done.stdout and 'one run proves nothing' in done.stdout
 
 
@@ -53,11 +57,14 @@ def test_a_call_prints_and_logs_all_that_is_promised(tmp_path, folder):
     assert log['summary']['mean'] == pytest.approx(accs.mean().item())
     assert log['summary']['std'] == pytest.approx(accs.std().item())
     header, *rows = [line for line in done.stdout.splitlines() if line.startswith('|')]
-    assert log['device'].endswith('cpu, 1 threads') and log['pflop'] > 0 and len(log['commit'].split('-')[0]) == 40
-    assert log['data'] == {'name': 'set', 'train': 200, 'test': 60, 'classes': airbench94.CIFAR_CLASSES}
+    assert log['device'].endswith(', 1 threads') and log['pflop'] > 0
+    assert log['commit'] is None or len(log['commit'].removesuffix('-dirty')) == 40
+    assert log['data'] == {'path': 'set', 'train': 200, 'test': 60, 'classes': airbench94.CIFAR_CLASSES,
+                           'is_cifar10': False}     # the classes are CIFAR-10's, but it is not the whole
     assert header.split()[1::2] == ['run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'seconds']
     assert len(rows) == 6 and len({len(line) for line in rows}) == 1
-    assert 'standard deviation' in done.stdout and 'p = ' in done.stdout and 'on the clock' in done.stdout
+    assert f"std {log['summary']['std']:.4f}, 95% interval" in done.stdout and 'on the clock' in done.stdout
+    assert f"one-sided p = {log['summary']['p_value']:.2g}" in done.stdout
 
     again = run_script('--data', 'set', '--seed', 6, '--log', 'again', *TINY, cwd=tmp_path, env=ONE_THREAD)
     assert again.returncode == 0
@@ -73,7 +80,7 @@ def test_without_a_network_it_trains_on_digits_and_says_so(tmp_path):
     assert done.returncode == 0, done.stderr
     assert 'THIS IS NOT CIFAR-10' in done.stdout and 'Connection refused' in done.stdout
     log = only_log(tmp_path / 'logs')[1]
-    assert log['data']['name'] == 'digits' and log['hyp']['aug']['flip'] is False
+    assert log['data']['path'] == 'digits' and log['hyp']['aug']['flip'] is False
     assert log['hyp']['opt']['batch_size'] == 64        # here the digits' settings go before the user's
     assert log['hyp']['net']['widths']['block1'] == 8
 
@@ -83,8 +90,7 @@ def test_the_script_runs_alone_in_another_folder(tmp_path, folder):
     shutil.copytree(folder, tmp_path / 'cifar10')       # the default folder
     done = run_script(*TINY, cwd=tmp_path, script=tmp_path / 'airbench94.py', env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
-    data = only_log(tmp_path / 'logs')[1]['data']
-    assert data == {'name': 'cifar10', 'train': 200, 'test': 60, 'classes': airbench94.CIFAR_CLASSES}   # not the whole
+    assert only_log(tmp_path / 'logs')[1]['data']['path'] == 'cifar10'
 
 
 MISTAKES = [
@@ -101,6 +107,7 @@ MISTAKES = [
     (['--data', 'a-file'], 'cannot read a-file: '),
     (['--data', 'digits', 'opt.batch_size=2000'], 'a batch of 2000 is larger than the set of 1437 images'),
     (['--data', 'digits', '--log', 'a-file'], 'Not a directory'),
+    (['--data', 'bad-labels'], 'bad-labels, training set: labels go from 0 to 10, for 10 classes'),
     (['--data', 'broken'], 'broken, training set: must be a dict with images, labels and a list of classes'),
 ]
 
@@ -113,6 +120,9 @@ def mistaken(tmp_path_factory):
     (folder / 'broken').mkdir()
     for name in ('train.pt', 'test.pt'):
         torch.save([1, 2, 3], folder / 'broken' / name)
+    (folder / 'bad-labels').mkdir()
+    for name in ('train.pt', 'test.pt'):
+        torch.save(made_up_split(20) | {'labels': torch.arange(20) % 11}, folder / 'bad-labels' / name)
     with ThreadPoolExecutor(2) as pool:
         return folder, list(pool.map(lambda case: run_script(*case[0], cwd=folder, env=OFFLINE), MISTAKES))
 
@@ -126,6 +136,18 @@ def test_a_mistake_gets_one_line_and_exit_code_2(case, mistaken):
     assert not (folder / 'logs').exists()
 
 
+def test_in_a_terminal_a_bar_shows_the_time_left(tmp_path, folder):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 120, 0, 0))
+    command = [sys.executable, ROOT / 'airbench94.py', '--data', folder, *TINY]
+    with subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=theirs, text=True) as process:
+        os.close(theirs)
+        out = process.communicate(timeout=200)[0]
+    bar = os.read(ours, 100_000).decode()
+    assert 'epoch 1:   0%' in bar and '| 0/6 [00:00<?' in bar and 'inference' in bar
+    assert 'epoch 1' not in out     # a file gets the table alone
+
+
 def test_ctrl_c_keeps_the_finished_runs(tmp_path, folder):
     command = [sys.executable, ROOT / 'airbench94.py', '--data', folder, '--runs', '100000', *TINY]
     with subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, text=True) as process:
@@ -136,7 +158,7 @@ def test_ctrl_c_keeps_the_finished_runs(tmp_path, folder):
         out = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and 'interrupted; the finished runs are kept' in out
     path, log = only_log(tmp_path / 'logs')
-    assert log['summary']['n'] == len(log['runs']) == len(list((path / 'runs').iterdir())) >= 2
+    assert log['summary']['n'] == len(log['runs']) == len(list(path.glob('runs/*.json'))) >= 2
 
 
 def test_a_failed_run_is_logged_and_does_not_count(tmp_path, folder):

@@ -55,6 +55,23 @@ def test_cuda_trains_as_the_cpu_does(loaders, narrow, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+def test_no_step_waits_for_cuda(loaders):
+    batches = iter(loaders(device='cuda', dtype=torch.float16)[0])
+    net = make_net(hyp, device='cuda', dtype=torch.float16)
+    optimizer, scheduler = make_optimizer(net, hyp, total_steps=10)
+    lookahead = LookaheadState(net)
+    next(batches)       # the epoch's draws are copied to the device before its first step
+    try:
+        torch.cuda.set_sync_debug_mode('error')
+        for inputs, labels in batches:
+            train_step(net, optimizer, inputs, labels, hyp['opt']['label_smoothing'])
+            scheduler.step()
+            lookahead.update(decay=0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 def test_fp16_trains_on_cuda(loaders, narrow):
     narrow['opt']['train_epochs'] = 15.5
     _, record = train(*loaders(device='cuda', dtype=torch.float16), narrow)

@@ -145,9 +145,10 @@ def test_a_subset_can_be_selected(loaders):
     assert all((labels < 5).all() for _, labels in loader)
 
 
-def test_unknown_augmentation_and_batches_larger_than_the_set_are_errors(loaders):
-    with pytest.raises(UserError, match='translate'):
-        loaders(aug={'mirror': True})
+def test_wrong_augmentation_and_batch_sizes_are_errors(loaders):
+    for wrong in ({'aug': {'mirror': True}}, {'aug': {'translate': 32}}, {'aug': {'translate': -1}}, {'batch_size': 0}):
+        with pytest.raises(UserError, match='only flip and translate, 0 to 31'):
+            loaders(**wrong)
     loader, _ = loaders(batch_size=201)
     with pytest.raises(UserError, match='larger than the set'):
         list(loader)
