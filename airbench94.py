@@ -133,7 +133,7 @@ class CifarLoader:
         self.batch_size = batch_size
         self.aug = {'flip': False, 'translate': 0} | (aug or {})
         if batch_size < 1 or self.aug.keys() != {'flip', 'translate'} or not 0 <= self.aug['translate'] < 32:
-            raise UserError(f'batch_size={batch_size}, aug={aug}: needs 1 or more, and only flip and translate, 0 to 31')
+            raise UserError(f'batch_size={batch_size}, aug={aug}: needs 1 or more, only flip and translate, 0 to 31')
         self.drop_last = train if drop_last is None else drop_last
         self.shuffle = train if shuffle is None else shuffle
         self.seed, self.epoch = seed, 0     # epoch: how many were served so far
