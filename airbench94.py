@@ -18,6 +18,7 @@ are linked in README.md. The recipe comes first; the tooling, from Data sources 
 #### Setup #########################################################################################
 import argparse
 import copy
+import ctypes
 import difflib
 import json
 import math
@@ -51,10 +52,18 @@ def clock(device):
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
+def keep_freed_memory():
+    """Let glibc keep what is freed, for the whole process: else each large tensor's pages go back to the kernel,
+    which must zero them for the next tensor, a fifth of a training step on the CPU. Elsewhere does nothing."""
+    if platform.libc_ver()[0] == 'glibc':
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block gets pages of its own
+        libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: the heap shrinks only by more than 2 GiB at once
+
 #### Hyperparameters ###############################################################################
 hyp = {
     'opt': {
-        'train_epochs': 9.9,        # of the training set; the paper's fewest that reach the target
+        'train_epochs': 9.9,        # passes over the training set; the fewest that reach the target
         'batch_size': 1024,         # examples
         'lr': 11.5,                 # per 1024 examples
         'momentum': 0.85,           # Nesterov's
@@ -67,9 +76,12 @@ hyp = {
         # Every so many steps, the average keeps decay * (step / steps)**power of itself.
         'lookahead': {'every': 5, 'decay': 0.95**5, 'power': 3},
     },
-    'aug': {'flip': True, 'translate': 2},  # alternating flip; shift by up to so many pixels
+    # Alternating flip; shifts by up to so many pixels; the side of a blank square (0: none), in pixels.
+    'aug': {'flip': True, 'translate': 2, 'cutout': 0},
     'net': {
         'widths': {'block1': 64, 'block2': 256, 'block3': 256},     # channels
+        'depth': 2,                 # convolutions in a block
+        'residual': False,          # whether a block's first result is added to its last
         'batchnorm_momentum': 0.6,  # share that the running statistics keep in a step
         'batchnorm_eps': 1e-12,     # added to the variance
         'scaling_factor': 1/9,      # of the outputs
@@ -99,29 +111,34 @@ def reflect(position, size):
     """Mirror positions in (-size, 2 * size - 1) into [0, size); the border itself is not repeated."""
     return (size - 1) - ((size - 1) - position.abs()).abs()
 
-def augment(images, index, flip, shift, *, mean, std, dtype):
+def augment(images, index, flip, shift, corner=None, size=0, *, mean, std, dtype):
     """Gather a normalized, augmented batch from the whole set, by index arithmetic.
 
     images: the set, uint8 (N, H, W, C). Of each of the batch's B images: index, int64 (B,), its place
     in the set; flip, bool (B,), whether it is mirrored; shift, int64 (B, 2), its (dy, dx) in pixels,
     smaller than the image. Returns (B, C, H, W) of `dtype`, channels_last: output (y, x) is the pixel
-    (reflect(y + dy), reflect(x' + dx)), where x' is W - 1 - x if the image is mirrored, else x."""
+    (reflect(y + dy), reflect(x' + dx)), where x' is W - 1 - x if the image is mirrored, else x. If size
+    is not 0, the outputs in a square of that side are zero; corner, int64 (B, 2), is its first (y, x)."""
     height, width, channels = images.shape[1:]
     y, x = (torch.arange(size, device=images.device) for size in (height, width))
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
     pixels = (index[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
     batch = images.reshape(-1, channels).index_select(0, pixels.flatten()).view(*pixels.shape, channels)
-    return normalize(batch, mean, std, dtype)
+    batch = normalize(batch, mean, std, dtype)
+    if size:
+        in_rows, in_columns = (y - corner[:, :1]) // size == 0, (x - corner[:, 1:]) // size == 0   # rounded down
+        batch.masked_fill_((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
+    return batch
 
 class CifarLoader:
     """An image set that lies on the device as uint8 and is served in augmented batches.
 
     One iteration is one epoch of (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images`
     (uint8 NHWC) and `labels` may be replaced, as in `loader.images = loader.images[mask]`.
-    path: as for load_data. aug: {'flip': bool, 'translate': pixels}, default none. drop_last, shuffle:
-    default to `train`. Raises UserError for a wrong batch_size or aug and as load_data does; its length
-    and iteration raise UserError if short batches are dropped and the set does not fill one."""
+    path: as for load_data. aug: {'flip': bool, 'translate': pixels, 'cutout': pixels}, default none.
+    drop_last, shuffle: default to `train`. Raises UserError for a wrong batch_size or aug and as load_data
+    does; its length and iteration raise UserError if short batches are dropped and the set does not fill one."""
     def __init__(self, path, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None,
                  *, seed=0, device, dtype):
         data = load_data(path, train)
@@ -131,9 +148,10 @@ class CifarLoader:
         self.classes = data['classes']
         self.mean, self.std = (torch.tensor(data[key], dtype=work, device=device) for key in ('mean', 'std'))
         self.batch_size = batch_size
-        self.aug = {'flip': False, 'translate': 0} | (aug or {})
-        if batch_size < 1 or self.aug.keys() != {'flip', 'translate'} or not 0 <= self.aug['translate'] < 32:
-            raise UserError(f'batch_size={batch_size}, aug={aug}: needs 1 or more, only flip and translate, 0 to 31')
+        self.aug = {'flip': False, 'translate': 0, 'cutout': 0} | (aug or {})
+        if (batch_size < 1 or self.aug.keys() != {'flip', 'translate', 'cutout'}
+                or not all(0 <= self.aug[key] < 32 for key in ('translate', 'cutout'))):
+            raise UserError(f'batch_size={batch_size}, aug={aug}: needs 1 or more; flip, translate, cutout; 0 to 31')
         self.drop_last = train if drop_last is None else drop_last
         self.shuffle = train if shuffle is None else shuffle
         self.seed, self.epoch = seed, 0     # epoch: how many were served so far
@@ -152,23 +170,28 @@ class CifarLoader:
         """All random choices of an epoch, counted from 0: a function of (self.seed, epoch) alone.
 
         Returns CPU tensors: 'order', int64 (N,), the images as they are served; and, indexed by image,
-        'flip', bool (N,), and 'shift', int64 (N, 2), (dy, dx) in [-translate, translate]."""
-        n, t = len(self.images), self.aug['translate']
+        'flip', bool (N,); 'shift', int64 (N, 2), (dy, dx) in [-translate, translate]; 'corner', int64 (N, 2),
+        the first (y, x) of the square that cutout (DeVries & Taylor, 2017) blanks, all of it in the image."""
+        n, t, room = len(self.images), self.aug['translate'], self.images.shape[1] - self.aug['cutout']
         rng = np.random.default_rng((self.seed, 1 + epoch))
         order = np.where(self.shuffle, rng.permutation(n), np.arange(n))
         shift = rng.integers(-t, t, (n, 2), endpoint=True)
+        corner = rng.integers(0, room, (n, 2), endpoint=True)
         # Alternating flip (section 3.6): the first epoch's coins, drawn again from a stream of their
         # own (number 0), are turned over every other epoch.
         coins = np.random.default_rng((self.seed, 0)).random(n) < 0.5
         flip = (coins ^ (epoch % 2 == 1)) & bool(self.aug['flip'])
-        return {key: torch.from_numpy(v) for key, v in (('order', order), ('flip', flip), ('shift', shift))}
+        draws = {'order': order, 'flip': flip, 'shift': shift, 'corner': corner}
+        return {key: torch.from_numpy(values) for key, values in draws.items()}
 
     def __iter__(self):
-        order, flip, shift = (draws.to(self.device) for draws in self.draw(self.epoch).values())
+        order, *draws = (values.to(self.device) for values in self.draw(self.epoch).values())
         self.epoch += 1
-        for index in islice(order.split(self.batch_size), len(self)):
-            yield augment(self.images, index, flip[index], shift[index],
-                          mean=self.mean, std=self.std, dtype=self.dtype), self.labels[index]
+        served = (order, *(values[order] for values in (*draws, self.labels)))
+        batches = zip(*(values.split(self.batch_size) for values in served))
+        for index, flip, shift, corner, labels in islice(batches, len(self)):
+            yield augment(self.images, index, flip, shift, corner, self.aug['cutout'],
+                          mean=self.mean, std=self.std, dtype=self.dtype), labels
 
 #### Network #######################################################################################
 class Mul(nn.Module):
@@ -196,19 +219,33 @@ class Conv(nn.Conv2d):
             nn.init.zeros_(self.bias)
         nn.init.dirac_(self.weight.data[:self.in_channels])
 
-class ConvGroup(nn.Module):
-    def __init__(self, channels_in, channels_out, batchnorm_momentum, batchnorm_eps):
+class ConvLayer(nn.Module):
+    def __init__(self, channels_in, channels_out, pool, batchnorm_momentum, batchnorm_eps):
         super().__init__()
-        self.conv1 = Conv(channels_in, channels_out, 3, padding='same', bias=False)
-        self.pool = nn.MaxPool2d(2)
-        self.norm1 = BatchNorm(channels_out, batchnorm_momentum, batchnorm_eps)
-        self.conv2 = Conv(channels_out, channels_out, 3, padding='same', bias=False)
-        self.norm2 = BatchNorm(channels_out, batchnorm_momentum, batchnorm_eps)
-        self.activ = nn.GELU()
+        self.conv = Conv(channels_in, channels_out, 3, padding='same', bias=False)
+        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
+        self.norm = BatchNorm(channels_out, batchnorm_momentum, batchnorm_eps)
 
     def forward(self, x):
-        x = self.activ(self.norm1(self.pool(self.conv1(x))))
-        return self.activ(self.norm2(self.conv2(x)))
+        return self.norm(self.pool(self.conv(x)))
+
+class ConvGroup(nn.Module):
+    """`depth` layers, at least two, the first of which pools. If `residual`, the first one's activations
+    are added to the last one's outputs, before their activation (section 4)."""
+    def __init__(self, channels_in, channels_out, *, depth, residual, batchnorm_momentum, batchnorm_eps):
+        super().__init__()
+        batchnorm = batchnorm_momentum, batchnorm_eps
+        self.layers = nn.ModuleList([ConvLayer(channels_in, channels_out, True, *batchnorm)])
+        self.layers.extend(ConvLayer(channels_out, channels_out, False, *batchnorm) for _ in range(depth - 1))
+        self.activ = nn.GELU()
+        self.residual = residual
+
+    def forward(self, x):
+        first, *inner, last = self.layers
+        x = shortcut = self.activ(first(x))
+        for layer in inner:
+            x = self.activ(layer(x))
+        return self.activ(last(x) + shortcut if self.residual else last(x))
 
 def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
     """The paper's network (section 3.1): (N, 3, 32, 32) of `dtype` -> logits (N, num_classes).
@@ -217,15 +254,15 @@ def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
     from `seed` alone: the same for every device. The first weight waits for init_whitening_conv."""
     widths, kernel = hyp['net']['widths'], hyp['net']['whiten_kernel']
     whiten_width = 2 * 3 * kernel**2    # the eigenvectors of the patches, and their negations
-    batchnorm = hyp['net']['batchnorm_momentum'], hyp['net']['batchnorm_eps']
+    settings = {key: hyp['net'][key] for key in ('depth', 'residual', 'batchnorm_momentum', 'batchnorm_eps')}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         net = nn.Sequential(
             Conv(3, whiten_width, kernel),
             nn.GELU(),
-            ConvGroup(whiten_width, widths['block1'], *batchnorm),
-            ConvGroup(widths['block1'], widths['block2'], *batchnorm),
-            ConvGroup(widths['block2'], widths['block3'], *batchnorm),
+            ConvGroup(whiten_width, widths['block1'], **settings),
+            ConvGroup(widths['block1'], widths['block2'], **settings),
+            ConvGroup(widths['block2'], widths['block3'], **settings),
             nn.MaxPool2d(3),
             nn.Flatten(),
             nn.Linear(widths['block3'], num_classes, bias=False),
@@ -545,8 +582,9 @@ def print_summary(log):
 LIMITS = {      # of values in hyp, both included; other floats go from 0, other ints from 1, to 1e9
     'opt.train_epochs': (1e-9, 1e9), 'opt.lr': (1e-9, 1e9), 'opt.momentum': (0.001, 0.999),
     'opt.bias_scaler': (1e-9, 1e9), 'opt.label_smoothing': (0, 1), 'opt.whiten_bias_epochs': (0, 1e9),
-    'opt.schedule.peak_at': (0, 1), 'opt.lookahead.decay': (0, 1), 'aug.translate': (0, 31), 'target': (0, 1),
-    'net.batchnorm_momentum': (0, 1), 'net.whiten_kernel': (1, 9), 'net.tta_level': (0, 2)}
+    'opt.schedule.peak_at': (0, 1), 'opt.lookahead.decay': (0, 1), 'aug.translate': (0, 31), 'aug.cutout': (0, 31),
+    'net.depth': (2, 9), 'net.batchnorm_momentum': (0, 1), 'net.whiten_kernel': (1, 9), 'net.tta_level': (0, 2),
+    'target': (0, 1)}
 
 def leaves(tree, prefix=''):
     """Yield ('opt.lr', (tree['opt'], 'lr')) and the like for all values of nested dicts."""
@@ -637,6 +675,8 @@ def describe(train_loader, test_loader, data, hyp):
 def main(argv=None):
     args = parse_args(argv)
     device, dtype = pick_device(args.device)
+    if device.type == 'cpu':
+        keep_freed_memory()
     data, settings = choose_data(args)
     train_loader = CifarLoader(data, True, settings['opt']['batch_size'], settings['aug'], device=device, dtype=dtype)
     test_loader = CifarLoader(data, False, 2000, device=device, dtype=dtype)

@@ -7,6 +7,7 @@ import torch
 from airbench94 import CIFAR_MEAN, CIFAR_STD, CifarLoader, UserError, augment
 from conftest import made_up_split
 
+DRAWS = ('order', 'flip', 'shift', 'corner')
 MEAN, STD = (0.5, 0.25, 0.125), (0.25, 0.2, 0.3)
 
 
@@ -16,19 +17,21 @@ def slow_reflect(position, size):
     return position
 
 
-def slow_augment(images, index, flip, shift, mean, std):
+def slow_augment(images, index, flip, shift, mean, std, corner=None, size=0):
     """augment, pixel by pixel, as its specification reads; fp32."""
     height, width = images.shape[1:3]
     out = np.empty((len(index), 3, height, width), np.float32)
     for b, n in enumerate(index.tolist()):
         dy, dx = shift[b].tolist()
+        top, left = corner[b].tolist() if size else (0, 0)
         for y in range(height):
             for x in range(width):
                 mirrored = width - 1 - x if flip[b] else x
                 for c in range(3):
                     value = images[n, slow_reflect(y + dy, height), slow_reflect(mirrored + dx, width), c].item()
                     offset, scale = np.float32(255) * np.float32(mean[c]), np.float32(255) * np.float32(std[c])
-                    out[b, c, y, x] = (np.float32(value) - offset) * (np.float32(1) / scale)
+                    blank = top <= y < top + size and left <= x < left + size
+                    out[b, c, y, x] = 0 if blank else (np.float32(value) - offset) * (np.float32(1) / scale)
     return torch.from_numpy(out)
 
 
@@ -47,6 +50,18 @@ def test_augment_equals_the_slow_reference_for_every_shift_and_flip(height, widt
     index = torch.arange(len(cases)) % len(images)
     got = augment(images, index, flip, shift, mean=MEAN, std=STD, dtype=torch.float32)
     assert torch.equal(got, slow_augment(images, index, flip, shift, MEAN, STD))
+
+
+@pytest.mark.parametrize('size', [1, 2, 4])
+def test_cutout_equals_the_slow_reference_at_every_corner(size):
+    images = random_images(3, 4, 5)
+    corner = torch.tensor([(y, x) for y in range(4 - size + 1) for x in range(5 - size + 1)])
+    g = torch.Generator().manual_seed(0)
+    index, flip = torch.arange(len(corner)) % 3, torch.rand(len(corner), generator=g) < 0.5
+    shift = torch.randint(-3, 4, (len(corner), 2), generator=g)
+    got = augment(images, index, flip, shift, corner, size, mean=MEAN, std=STD, dtype=torch.float32)
+    assert torch.equal(got, slow_augment(images, index, flip, shift, MEAN, STD, corner, size))
+    assert ((got == 0).all(1).sum((1, 2)) >= size * size).all() and got.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_augment_without_draws_only_normalizes_and_is_channels_last(loaders):
@@ -81,21 +96,23 @@ def test_draws_are_a_function_of_seed_and_epoch_alone(loaders):
     list(one)       # serving an epoch changes no draw
     for epoch in (0, 1, 5):
         a, b = one.draw(epoch), two.draw(epoch)
-        assert all(torch.equal(a[key], b[key]) for key in ('order', 'flip', 'shift'))
+        assert all(torch.equal(a[key], b[key]) for key in DRAWS)
     assert not torch.equal(one.draw(0)['order'], one.draw(1)['order'])
     assert not torch.equal(one.draw(0)['shift'], one.draw(1)['shift'])
     other = loaders(seed=4)[0].draw(0)
-    assert not any(torch.equal(other[key], one.draw(0)[key]) for key in ('order', 'flip', 'shift'))
+    assert not any(torch.equal(other[key], one.draw(0)[key]) for key in DRAWS)
 
 
 def test_draws_have_the_promised_form(loaders):
     draws = loaders()[0].draw(0)
     assert {key: (v.dtype, tuple(v.shape), v.device.type) for key, v in draws.items()} == {
         'order': (torch.int64, (200,), 'cpu'), 'flip': (torch.bool, (200,), 'cpu'),
-        'shift': (torch.int64, (200, 2), 'cpu')}
+        'shift': (torch.int64, (200, 2), 'cpu'), 'corner': (torch.int64, (200, 2), 'cpu')}
     assert sorted(draws['order'].tolist()) == list(range(200))
     assert set(draws['shift'].flatten().tolist()) == {-2, -1, 0, 1, 2}
     assert 60 < draws['flip'].sum() < 140
+    corners = loaders(aug={'cutout': 27})[0].draw(0)['corner']      # so that the square is inside the image
+    assert set(corners.flatten().tolist()) == {0, 1, 2, 3, 4, 5}
 
 
 def test_alternating_flip(loaders):
@@ -108,7 +125,7 @@ def test_alternating_flip(loaders):
 def test_order_and_augmentation_are_drawn_apart(loaders):
     shuffled, ordered = loaders()[0].draw(1), loaders(shuffle=False)[0].draw(1)
     assert ordered['order'].tolist() == list(range(200)) != shuffled['order'].tolist()
-    assert all(torch.equal(shuffled[key], ordered[key]) for key in ('flip', 'shift'))
+    assert all(torch.equal(shuffled[key], ordered[key]) for key in ('flip', 'shift', 'corner'))
 
 
 def test_no_augmentation_draws_none(loaders):
@@ -117,7 +134,7 @@ def test_no_augmentation_draws_none(loaders):
 
 
 def test_an_epoch_serves_what_was_drawn(loaders):
-    loader, _ = loaders(seed=5)
+    loader, _ = loaders(seed=5, aug={'flip': True, 'translate': 4, 'cutout': 12})
     for epoch in range(2):
         draws = loader.draw(epoch)
         batches = list(loader)
@@ -125,8 +142,10 @@ def test_an_epoch_serves_what_was_drawn(loaders):
         for i, (inputs, labels) in enumerate(batches):
             index = draws['order'][32 * i:32 * (i + 1)]
             assert torch.equal(labels, loader.labels[index])
-            assert torch.equal(inputs, augment(loader.images, index, draws['flip'][index], draws['shift'][index],
-                                               mean=loader.mean, std=loader.std, dtype=torch.float32))
+            of_batch = [draws[key][index] for key in ('flip', 'shift', 'corner')]
+            assert torch.equal(inputs, augment(loader.images, index, *of_batch, size=12, mean=loader.mean,
+                                               std=loader.std, dtype=torch.float32))
+            assert ((inputs == 0).all(1).sum((1, 2)) == 144).all()
 
 
 def test_test_sets_are_served_whole_and_in_order(loaders):
@@ -146,8 +165,8 @@ def test_a_subset_can_be_selected(loaders):
 
 
 def test_wrong_augmentation_and_batch_sizes_are_errors(loaders):
-    for wrong in ({'aug': {'mirror': True}}, {'aug': {'translate': 32}}, {'aug': {'translate': -1}}, {'batch_size': 0}):
-        with pytest.raises(UserError, match='only flip and translate, 0 to 31'):
+    for wrong in ({'aug': {'mirror': True}}, {'aug': {'translate': 32}}, {'aug': {'cutout': -1}}, {'batch_size': 0}):
+        with pytest.raises(UserError, match='flip, translate, cutout; 0 to 31'):
             loaders(**wrong)
     loader, _ = loaders(batch_size=201)
     with pytest.raises(UserError, match='larger than the set'):

@@ -42,12 +42,12 @@ def test_initial_weights_come_from_the_seed_alone():
     before = torch.get_rng_state()
     a, b, c = (make_net(seed=seed, device='cpu', dtype=torch.float32).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(a[key], b[key]) for key in a)
-    assert not torch.equal(a['3.conv1.weight'], c['3.conv1.weight'])
+    assert not torch.equal(a['3.layers.0.conv.weight'], c['3.layers.0.conv.weight'])
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_convolutions_begin_as_partial_identities():
-    conv = make_net(device='cpu', dtype=torch.float32)[3].conv1     # 64 to 256 channels
+    conv = make_net(device='cpu', dtype=torch.float32)[3].layers[0].conv     # 64 to 256 channels
     x = torch.randn(2, 64, 8, 8)
     torch.testing.assert_close(conv(x)[:, :64], x)
     assert conv(x)[:, 64:].abs().sum() > 0
