@@ -25,17 +25,20 @@ import json
 import math
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import scipy
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
@@ -52,6 +55,10 @@ def clock(device):
     if device.type != 'cpu':
         torch.accelerator.synchronize(device)
     return time.perf_counter()
+
+def progress(items, what, total=None):
+    """`items` under a progress bar: in a terminal, and of torchrun's processes in the first alone."""
+    return tqdm(items, what, total, leave=False, disable=None if os.environ.get('RANK', '0') == '0' else True)
 
 def keep_freed_memory():
     """Let glibc keep what is freed, for the whole process: else each large tensor's pages go back to the kernel,
@@ -99,10 +106,9 @@ CIFAR_MEAN = (0.4914, 0.4822, 0.4465)   # red, green, blue, in units of pixel / 
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
 def normalize(pixels, mean, std, dtype):
-    """Turn uint8 (N, H, W, C) pixels into a normalized (N, C, H, W) batch of `dtype`, channels_last.
-
-    mean, std: (C,), in units of pixel / 255. The arithmetic is fp32 (float64 for float64), rounded
-    once: a subtraction, then a multiplication, so that no fused multiply-add can change a bit."""
+    """Turn uint8 (N, H, W, C) pixels into a normalized (N, C, H, W) batch of `dtype`, channels_last. mean, std:
+    (C,), in units of pixel / 255. The arithmetic is fp32 (float64 for float64), rounded once: a subtraction,
+    then a multiplication, so that no fused multiply-add can change a bit."""
     work = torch.promote_types(dtype, torch.float32)
     mean, std = (torch.as_tensor(v, dtype=work, device=pixels.device) for v in (mean, std))
     values = pixels.to(work).sub_(255 * mean).mul_(1 / (255 * std))
@@ -114,7 +120,6 @@ def reflect(position, size):
 
 def augment(images, index, flip, shift, corner=None, size=0, *, mean, std, dtype):
     """Gather a normalized, augmented batch from the whole set, by index arithmetic.
-
     images: the set, uint8 (N, H, W, C). Of each of the batch's B images: index, int64 (B,), its place
     in the set; flip, bool (B,), whether it is mirrored; shift, int64 (B, 2), its (dy, dx) in pixels,
     smaller than the image. Returns (B, C, H, W) of `dtype`, channels_last: output (y, x) is the pixel
@@ -134,7 +139,6 @@ def augment(images, index, flip, shift, corner=None, size=0, *, mean, std, dtype
 
 class CifarLoader:
     """An image set that lies on the device as uint8 and is served in augmented batches.
-
     One iteration is one epoch of (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images`
     (uint8 NHWC) and `labels` may be replaced, as in `loader.images = loader.images[mask]`.
     path: as for load_data. aug: {'flip': bool, 'translate': pixels, 'cutout': pixels}, default none.
@@ -150,8 +154,7 @@ class CifarLoader:
         self.mean, self.std = (torch.tensor(data[key], dtype=work, device=device) for key in ('mean', 'std'))
         self.batch_size = batch_size
         self.aug = {'flip': False, 'translate': 0, 'cutout': 0} | (aug or {})
-        if (batch_size < 1 or self.aug.keys() != {'flip', 'translate', 'cutout'}
-                or not all(0 <= self.aug[key] < 32 for key in ('translate', 'cutout'))):
+        if batch_size < 1 or len(self.aug) != 3 or not 0 <= min(self.aug.values()) <= max(self.aug.values()) < 32:
             raise UserError(f'batch_size={batch_size}, aug={aug}: needs 1 or more; flip, translate, cutout; 0 to 31')
         self.drop_last = train if drop_last is None else drop_last
         self.shuffle = train if shuffle is None else shuffle
@@ -169,7 +172,6 @@ class CifarLoader:
 
     def draw(self, epoch):
         """All random choices of an epoch, counted from 0: a function of (self.seed, epoch) alone.
-
         Returns CPU tensors: 'order', int64 (N,), the images as they are served; and, indexed by image,
         'flip', bool (N,); 'shift', int64 (N, 2), (dy, dx) in [-translate, translate]; 'corner', int64 (N, 2),
         the first (y, x) of the square that cutout (DeVries & Taylor, 2017) blanks, all of it in the image."""
@@ -233,11 +235,10 @@ class ConvLayer(nn.Module):
 class ConvGroup(nn.Module):
     """`depth` layers, at least two, the first of which pools. If `residual`, the first one's activations
     are added to the last one's outputs, before their activation (section 4)."""
-    def __init__(self, channels_in, channels_out, *, depth, residual, batchnorm_momentum, batchnorm_eps):
+    def __init__(self, channels_in, channels_out, *, depth, residual, **batchnorm):
         super().__init__()
-        batchnorm = batchnorm_momentum, batchnorm_eps
-        self.layers = nn.ModuleList([ConvLayer(channels_in, channels_out, True, *batchnorm)])
-        self.layers.extend(ConvLayer(channels_out, channels_out, False, *batchnorm) for _ in range(depth - 1))
+        self.layers = nn.ModuleList([ConvLayer(channels_in, channels_out, pool=True, **batchnorm)])
+        self.layers.extend(ConvLayer(channels_out, channels_out, pool=False, **batchnorm) for _ in range(depth - 1))
         self.activ = nn.GELU()
         self.residual = residual
 
@@ -250,7 +251,6 @@ class ConvGroup(nn.Module):
 
 def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
     """The paper's network (section 3.1): (N, 3, 32, 32) of `dtype` -> logits (N, num_classes).
-
     Parameters are channels_last and of `dtype`, BatchNorm's at least fp32. They are drawn on the CPU,
     from `seed` alone: the same for every device. The first weight waits for init_whitening_conv."""
     widths, kernel = hyp['net']['widths'], hyp['net']['whiten_kernel']
@@ -259,13 +259,11 @@ def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         net = nn.Sequential(
-            Conv(3, whiten_width, kernel),
-            nn.GELU(),
+            Conv(3, whiten_width, kernel), nn.GELU(),
             ConvGroup(whiten_width, widths['block1'], **settings),
             ConvGroup(widths['block1'], widths['block2'], **settings),
             ConvGroup(widths['block2'], widths['block3'], **settings),
-            nn.MaxPool2d(3),
-            nn.Flatten(),
+            nn.MaxPool2d(3), nn.Flatten(),
             nn.Linear(widths['block3'], num_classes, bias=False),
             Mul(hyp['net']['scaling_factor']),
         )
@@ -279,7 +277,6 @@ def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
 #### Whitening #####################################################################################
 def init_whitening_conv(layer, images, eps):
     """Let `layer` whiten the patches of normalized (N, C, H, W) images (section 3.2).
-
     The first half of its filters are the eigenvectors of the patches' uncentred second moment, the largest
     eigenvalue's first, each divided by sqrt(eigenvalue + eps); the second half are their negations.
     Signs: an eigenvector's first entry that reaches half the magnitude of its largest is positive."""
@@ -334,7 +331,6 @@ class LookaheadState:
 #### Evaluation ####################################################################################
 def tta_views(inputs, tta_level):
     """Test-time augmentation (section 3.5): (weight, view) pairs for a batch (N, C, H, W).
-
     Level 0 is the batch; 1 adds its mirror image, with the same weight; 2 adds both of them moved by a
     pixel, up-left and down-right, which together weigh as much as the unmoved ones."""
     views = [(1.0, inputs)]
@@ -350,7 +346,7 @@ def infer(net, loader, tta_level=0):
     net.eval()
     logits = []
     with torch.no_grad():
-        for images in tqdm(loader.images.split(loader.batch_size), 'inference', leave=False, disable=None):
+        for images in progress(loader.images.split(loader.batch_size), 'inference'):
             logits.append(sum(weight * net(view) for weight, view in tta_views(loader.normalize(images), tta_level)))
     return torch.cat(logits)
 
@@ -373,16 +369,14 @@ def train_step(net, optimizer, inputs, labels, label_smoothing):
     optimizer.step()
     return loss.detach(), outputs.detach()
 
-def train(train_loader, test_loader, hyp=hyp, seed=0, on_row=lambda row: None):
+def train(train_loader, test_loader, hyp=hyp, seed=0, on_epoch=lambda row: None):
     """Train a new network; the result depends on the loaders, `hyp` and `seed` alone. Returns (net, record).
-    The training loader, whose batch size must be that of `hyp`, is rewound and gets `seed`. on_row is called
-    with each row of the table, a dict.
-    record: {'seed', 'val_acc', 'tta_val_acc', 'seconds', 'epochs': [{'epoch', 'train_loss',
-    'train_acc', 'val_acc', 'seconds'}]}. Accuracies are in [0, 1]; train_loss (a mean) and train_acc
-    are those of an epoch's last batch. seconds run from the first access to the training images to
-    the end of the epoch or the test-set predictions (section 2), validation left out. If a loss is
-    not finite the training ends with that epoch, and record has 'failed': {'step', 'reason'}.
-    Raises UserError if the set does not fill a batch."""
+    The training loader, whose batch size must be that of `hyp`, is rewound and gets `seed`. on_epoch gets each of
+    the record's epochs. record: {'seed', 'val_acc', 'tta_val_acc', 'seconds', 'epochs': [{'epoch', 'train_loss',
+    'train_acc', 'val_acc', 'seconds'}]}. Accuracies are in [0, 1]; train_loss (a mean) and train_acc are those of
+    an epoch's last batch. seconds run from the first access to the training images to the end of the epoch or the
+    test-set predictions (section 2), validation left out. If a loss is not finite the training ends with that
+    epoch, and record has 'failed': {'step', 'reason'}. Raises UserError if the set does not fill a batch."""
     opt, device, step = hyp['opt'], train_loader.device, 0
     total_steps = math.ceil(len(train_loader) * opt['train_epochs'])
     train_loader.seed, train_loader.epoch = seed, 0
@@ -401,7 +395,7 @@ def train(train_loader, test_loader, hyp=hyp, seed=0, on_row=lambda row: None):
         net.train()
         net[0].bias.requires_grad = epoch <= opt['whiten_bias_epochs']
         losses, steps = [], min(len(train_loader), total_steps - step)
-        for inputs, labels in tqdm(islice(train_loader, steps), f'epoch {epoch}', steps, leave=False, disable=None):
+        for inputs, labels in progress(islice(train_loader, steps), f'epoch {epoch}', steps):
             loss, outputs = train_step(net, optimizer, inputs, labels, opt['label_smoothing'])
             losses.append(loss)
             scheduler.step()
@@ -420,11 +414,10 @@ def train(train_loader, test_loader, hyp=hyp, seed=0, on_row=lambda row: None):
         record['epochs'].append({
             'epoch': epoch, 'train_loss': losses[-1] / len(labels), 'train_acc': accuracy(outputs, labels),
             'val_acc': record['val_acc'], 'seconds': record['seconds']})
-        on_row(record['epochs'][-1])
+        on_epoch(record['epochs'][-1])
     start = clock(device)
     record['tta_val_acc'] = evaluate(net, test_loader, hyp['net']['tta_level'])
     record['seconds'] += clock(device) - start
-    on_row({'epoch': 'eval', 'tta_val_acc': record['tta_val_acc'], 'seconds': record['seconds']})
     return net, record
 
 def count_pflop(train_loader, test_loader, hyp):
@@ -436,8 +429,8 @@ def count_pflop(train_loader, test_loader, hyp):
         net(inputs).sum().backward()
     with FlopCounterMode(display=False) as of_view, torch.no_grad():
         net.eval()(inputs[:1])
-    views = len(test_loader.images) * len(tta_views(inputs[:1], hyp['net']['tta_level']))
-    return 1e-15 * (steps * of_step.get_total_flops() + views * of_view.get_total_flops())
+    of_image = of_view.get_total_flops() * len(tta_views(inputs[:1], hyp['net']['tta_level']))
+    return 1e-15 * (steps * of_step.get_total_flops() + len(test_loader.images) * of_image)
 
 #### Data sources ##################################################################################
 CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
@@ -478,10 +471,8 @@ def download_cifar10(folder):
     the environment's CIFAR10_URL in their place. Raises UserError if none serves."""
     if Path(folder, BATCHES).exists() or all(Path(folder, name).exists() for name in CACHES):
         return
-    urls = [os.environ['CIFAR10_URL']] if os.environ.get('CIFAR10_URL') else CIFAR_URLS
-    if Path(folder, ARCHIVE).exists():
-        urls = [str(Path(folder, ARCHIVE)), *urls]
-    for url in urls:
+    local = [str(path) for path in [Path(folder, ARCHIVE)] if path.exists()]
+    for url in local + ([os.environ['CIFAR10_URL']] if os.environ.get('CIFAR10_URL') else CIFAR_URLS):
         print(f'Fetching CIFAR-10 from {url}', flush=True)
         try:
             return fetch(url, folder)
@@ -518,7 +509,6 @@ def read_split(path, train):
 
 def load_data(path, train=True):
     """A split as {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'}.
-
     path: a folder with train.pt and test.pt (dicts of the first three, by torch.save), or with
     cifar-10-batches-py, or with cifar-10-python.tar.gz; or 'digits'. mean and std are CIFAR-10's, or those
     of another set's training images. Downloads nothing. Raises UserError if data is missing or malformed."""
@@ -544,11 +534,12 @@ def load_data(path, train=True):
 COLUMNS = ('run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'seconds')
 
 def print_row(row, rule_below=False):
-    """Print a line of the table from a dict with some of COLUMNS."""
-    values = [row.get(name, '') for name in COLUMNS]
-    cells = [f'{value:.4f}' if isinstance(value, float) else str(value) for value in values]
+    """Print a row of the table, a dict with some of COLUMNS, by one write, over any rank's progress bar."""
+    values = [row.get(name) for name in COLUMNS]
+    cells = ['' if value is None else f'{value:.4f}' if isinstance(value, float) else str(value) for value in values]
     line = '| ' + ' | '.join(cell.rjust(len(name)) for cell, name in zip(cells, COLUMNS)) + ' |'
-    print(line + '\n' + '-' * len(line) if rule_below else line, flush=True)
+    line = line + '\n' + '-' * len(line) if rule_below else line
+    print('\r\x1b[K' * sys.stdout.isatty() + line + '\n', end='', flush=True)
 
 def write_json(path, content):
     """Write `content` to `path`, which holds either all of it or what it held before."""
@@ -579,13 +570,45 @@ def print_summary(log):
     if not log['data']['is_cifar10']:
         print(f"this is no CIFAR-10 figure: the data is {log['data']['path']}")
 
+#### Ranks #########################################################################################
+def join_ranks():
+    """(rank, number of ranks), after torchrun's processes have become a group; (0, 1) without torchrun. The keys in
+    torchrun's store outlive a restart (pytorch/pytorch#135712), so each process asks rank 0 by a random name
+    for the prefix of this start's keys."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    timeout = timedelta(days=7)     # a rank may be hours behind another
+    store, rank, ranks = next(dist.rendezvous('env://', timeout=timeout))
+    name = prefix = os.urandom(8).hex()
+    store.set(f'name {rank}', name)
+    for other in range(1, ranks) if rank == 0 else ():
+        while not store.check([f'{prefix} reached {other}']):
+            store.set('prefix for ' + store.get(f'name {other}').decode(), prefix)
+            time.sleep(0.1)
+    if rank > 0:
+        prefix = store.get(f'prefix for {name}').decode()
+        store.set(f'{prefix} reached {rank}', '')
+    dist.init_process_group('gloo', store=dist.PrefixStore(prefix, store), rank=rank, world_size=ranks, timeout=timeout)
+    return rank, ranks
+
+def agree(rank, ranks, plan, error):
+    """Rank 0's plan, in all ranks. If any has an error, not None, rank 0 raises it as UserError, at once."""
+    everywhere = [(plan, error)] * ranks
+    if ranks > 1:
+        dist.all_gather_object(everywhere, (plan, error))
+    errors = [f'rank {i}: {error}' if i else error for i, (_, error) in enumerate(everywhere) if error]
+    if errors:
+        time.sleep(60 if rank > 0 else 0)   # torchrun ends the others as soon as rank 0 has failed
+        raise UserError(errors[0])
+    return everywhere[0][0]
+
 #### Command line ##################################################################################
 LIMITS = {      # of values in hyp, both included; other floats go from 0, other ints from 1, to 1e9
     'opt.train_epochs': (1e-9, 1e9), 'opt.lr': (1e-9, 1e9), 'opt.momentum': (0.001, 0.999),
     'opt.bias_scaler': (1e-9, 1e9), 'opt.label_smoothing': (0, 1), 'opt.whiten_bias_epochs': (0, 1e9),
     'opt.schedule.peak_at': (0, 1), 'opt.lookahead.decay': (0, 1), 'aug.translate': (0, 31), 'aug.cutout': (0, 31),
-    'net.depth': (2, 9), 'net.batchnorm_momentum': (0, 1), 'net.whiten_kernel': (1, 9), 'net.tta_level': (0, 2),
-    'target': (0, 1)}
+    'net.depth': (2, 9), 'net.batchnorm_momentum': (0, 1), 'net.whiten_kernel': (1, 9),
+    'net.tta_level': (0, 2), 'target': (0, 1)}
 
 def leaves(tree, prefix=''):
     """Yield ('opt.lr', (tree['opt'], 'lr')) and the like for all values of nested dicts."""
@@ -617,8 +640,9 @@ def override(hyp, assignments):
     return hyp
 
 def pick_device(name=None):
-    """(device, dtype) to train on; by default the best device there is. Raises UserError if `name` is not there."""
+    """(device, dtype) to train on; by default the best there is. Raises UserError if `name` is not there."""
     name = name or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' else name    # by torchrun, a GPU each
     try:
         torch.zeros(1, device=name).item()
     except Exception:       # of many kinds, by what torch was built with
@@ -635,6 +659,7 @@ def parse_args(argv):
     parser.add_argument('--device', help='cuda, cuda:1, mps or cpu (default: the best that is there)')
     parser.add_argument('--seed', type=int, default=0, help='run i has the seed SEED + i (default: 0)')
     parser.add_argument('--log', default='logs', help='where this call makes a folder for its log (default: logs)')
+    parser.add_argument('--resume', metavar='DIR', help='make the runs that the log in DIR lacks, or start it')
     parser.add_argument('overrides', nargs='*', metavar='KEY=VALUE')
     args = parser.parse_intermixed_args(argv)
     if args.runs is not None and args.runs < 1 or not 0 <= args.seed < 2**32:
@@ -646,9 +671,9 @@ DIGITS = ['opt.train_epochs=5', 'opt.batch_size=64', 'aug.flip=False', 'net.tta_
 
 def choose_data(args):
     """(data, hyp) as the user wants them; if no data is named and CIFAR-10 cannot be had, those of the digits."""
-    settings = override(hyp, args.overrides)
     if args.data is not None:
-        return args.data, override(hyp, DIGITS + args.overrides) if args.data == 'digits' else settings
+        return args.data, override(hyp, (DIGITS if args.data == 'digits' else []) + args.overrides)
+    settings = override(hyp, args.overrides)
     try:
         download_cifar10('cifar10')
         return 'cifar10', settings
@@ -657,62 +682,117 @@ def choose_data(args):
               f'{DIGITS}.\n*** For CIFAR-10, put it into the folder cifar10 or set CIFAR10_URL.\n', flush=True)
         return 'digits', override(settings, DIGITS)
 
-def describe(train_loader, test_loader, data, hyp):
-    """All of log.json but its runs and their summary."""
+def make_loaders(data, hyp, device, dtype):
+    """(training loader, test loader) of `data`. Raises UserError if their classes differ, and as CifarLoader does."""
+    train_loader = CifarLoader(data, True, hyp['opt']['batch_size'], hyp['aug'], device=device, dtype=dtype)
+    test_loader = CifarLoader(data, False, 2000, device=device, dtype=dtype)
+    if train_loader.classes != test_loader.classes:
+        raise UserError(f'{data}: training and test set have different classes')
+    return train_loader, test_loader
+
+def describe(args, ranks, data, hyp, train_loader, test_loader):
+    """log.json before its runs."""
     script, device, sizes = Path(__file__), train_loader.device, (len(train_loader.labels), len(test_loader.labels))
     commit = subprocess.run('git describe --always --exclude=* --abbrev=40 --dirty', shell=True, cwd=script.parent,
                             capture_output=True, text=True).stdout.strip()
     return {
-        'script': script.name, 'argv': sys.argv, 'source': script.read_text(), 'hyp': hyp,
+        'script': script.name, 'argv': sys.argv, 'source': script.read_text(), 'hyp': hyp, 'seed': args.seed,
         'data': {'path': data, 'train': sizes[0], 'test': sizes[1], 'classes': train_loader.classes,
                  'is_cifar10': train_loader.classes == CIFAR_CLASSES and sizes == (50000, 10000)},
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else
                   f'{platform.machine()} {device.type}, {torch.backends.cpu.get_cpu_capability()}, '
                   f'{torch.get_num_threads()} threads',
-        'dtype': str(train_loader.dtype).removeprefix('torch.'),
-        'versions': {'python': sys.version} | {m.__name__: m.__version__ for m in (torch, torchvision, np)},
-        'commit': commit or None, 'pflop': count_pflop(train_loader, test_loader, hyp), 'runs': []}
+        'dtype': str(train_loader.dtype).removeprefix('torch.'), 'ranks': ranks, 'wanted': 1 if device.type == 'cpu' else 25,
+        'versions': {'python': sys.version} | {m.__name__: str(m.__version__) for m in (torch, torchvision, np)},
+        'commit': commit or None, 'pflop': count_pflop(train_loader, test_loader, hyp), 'resumed': [], 'runs': []}
+
+def resume(folder, log):
+    """The log in `folder` with the call that `log` describes. Raises UserError if they do not fit together."""
+    old = json.loads((folder / 'log.json').read_text())
+    then, now = ({name: group[key] for name, (group, key) in leaves(tree)} for tree in (old, log))
+    same = ('source', 'hyp', 'seed', 'data', 'dtype')
+    differ = [name for name in now if name.split('.')[0] in same and now[name] != then.get(name)]
+    if differ:
+        raise UserError(f"--resume {folder}: the log there has another {', '.join(differ)}")
+    call = {key: log[key] for key in ('argv', 'ranks', 'device', 'versions', 'commit')}
+    return old | {'resumed': [*old['resumed'], call]}
+
+def open_log(args, device, dtype, ranks):
+    """Start a log, or find the one to resume. Returns (its folder, the log, the numbers of the runs that it lacks)."""
+    if ranks > 1:
+        print(f'rank 0 of {ranks} prepares data and log; the others wait', flush=True)
+    data, settings = choose_data(args)
+    log = describe(args, ranks, data, settings, *make_loaders(data, settings, device, dtype))
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}-{os.urandom(3).hex()}"
+    folder = Path(args.resume or Path(args.log, name))
+    if (folder / 'log.json').exists():
+        log = resume(folder, log)
+    elif any(entry.suffix != '.tmp' for entry in folder.glob('*')):
+        raise UserError(f'--resume {folder}: it has no log.json, but is not empty')
+    log['wanted'] = args.runs or log['wanted']
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / 'log.json', log)
+    (folder / 'runs').mkdir(exist_ok=True)
+    (folder / log['script']).write_text(log['source'])
+    missing = sorted(set(range(log['wanted'])) - {int(path.stem) for path in folder.glob('runs/*.json')})
+    print('{data[path]}: {data[train]} + {data[test]} images; {device}, {dtype}'.format(**log))
+    print(f'{len(missing)} of {log["wanted"]} runs to make; log in {folder}')
+    print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True)
+    return folder, log, missing
+
+def train_runs(runs, folder, log, loaders, verbose):
+    """Train `runs`, a list of numbers, and write their records into `folder`. verbose: print each epoch's row."""
+    train_loader, test_loader = loaders
+    show = lambda run: lambda row: print_row({'run': run} | row) if verbose else None
+    torch.backends.cudnn.benchmark = True
+    if train_loader.device.type != 'cpu' and runs:      # the warm-up learns random labels
+        warm_loader = copy.copy(train_loader)
+        warm_loader.labels = torch.randint_like(train_loader.labels, len(train_loader.classes))
+        train(warm_loader, test_loader, log['hyp'], on_epoch=show('warm'))
+    for run in runs:
+        _, record = train(train_loader, test_loader, log['hyp'], log['seed'] + run, show(run))
+        write_json(folder / 'runs' / f'{run:05}.json', record)
+        print_row({'run': run, 'epoch': 'eval'} | record, rule_below=True)
+        if 'failed' in record:
+            print('run {} failed at step {step}: {reason}\n'.format(run, **record['failed']), end='', flush=True)
+
+def close_log(folder, log):
+    """Add all ranks' finished runs and their summary to the log, and print the summary."""
+    files = sorted(folder.glob('runs/*.json'), key=lambda path: int(path.stem))
+    log['runs'] = [json.loads(path.read_text()) for path in files]
+    log['summary'] = summarize(log['runs'], log['hyp']['target'])
+    write_json(folder / 'log.json', log)
+    print_summary(log)
 
 def main(argv=None):
-    args = parse_args(argv)
-    device, dtype = pick_device(args.device)
-    if device.type == 'cpu':
-        keep_freed_memory()
-    data, settings = choose_data(args)
-    train_loader = CifarLoader(data, True, settings['opt']['batch_size'], settings['aug'], device=device, dtype=dtype)
-    test_loader = CifarLoader(data, False, 2000, device=device, dtype=dtype)
-    if train_loader.classes != test_loader.classes:
-        raise UserError(f'{data}: training and test set have different classes')
-    log = describe(train_loader, test_loader, data, settings)
-    folder = Path(args.log, f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}-{os.urandom(3).hex()}")
-    (folder / 'runs').mkdir(parents=True)
-    (folder / log['script']).write_text(log['source'])
-    write_json(folder / 'log.json', log)
-    print('{data[path]}: {data[train]} + {data[test]} images; {device}, {dtype}; log in'.format(**log), folder)
-    print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True)
-    runs = args.runs or (1 if device.type == 'cpu' else 25)
-    torch.backends.cudnn.benchmark = True
+    rank, ranks = join_ranks()
+    if rank > 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # only rank 0 has something to close
+    plan = error = None
     try:
-        if device.type != 'cpu':    # the warm-up learns random labels
-            warm_loader = copy.copy(train_loader)
-            warm_loader.labels = torch.randint_like(train_loader.labels, len(train_loader.classes))
-            train(warm_loader, test_loader, settings, on_row=lambda row: print_row({'run': 'warm'} | row))
-        for run in range(runs):
-            _, record = train(train_loader, test_loader, settings, args.seed + run,
-                              lambda row: print_row({'run': run} | row, rule_below=row['epoch'] == 'eval'))
-            write_json(folder / 'runs' / f'{run:05}.json', record)
-            if 'failed' in record:
-                print('run {} failed at step {step}: {reason}'.format(run, **record['failed']), flush=True)
+        args = parse_args(argv)
+        device, dtype = pick_device(args.device)
+        plan = open_log(args, device, dtype, ranks) if rank == 0 else None
+    except (UserError, OSError) as problem:
+        error = str(problem)
+    folder, log, missing = agree(rank, ranks, plan, error)
+    if rank == 0:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)   # a scheduler's or torchrun's Ctrl-C
+    try:
+        loaders = make_loaders(log['data']['path'], log['hyp'], device, dtype)
+        train_runs(missing[rank::ranks], folder, log, loaders, verbose=rank == 0)
+        everyone = dist.barrier(async_op=True) if ranks > 1 else None
+        while everyone and not everyone.is_completed():     # a wait that Ctrl-C can end
+            time.sleep(0.1)
     except KeyboardInterrupt:
         print('\ninterrupted; the finished runs are kept')
     finally:
-        log['runs'] = [json.loads(path.read_text()) for path in sorted(folder.glob('runs/*.json'))]
-        log['summary'] = summarize(log['runs'], settings['target'])
-        write_json(folder / 'log.json', log)
-        print_summary(log)
-    return 0 if log['summary']['n'] == runs else 1
+        if rank == 0:
+            close_log(folder, log)
+    return 1 if rank == 0 and log['summary']['n'] < log['wanted'] else 0
 
 if __name__ == '__main__':
+    keep_freed_memory()
     try:
         sys.exit(main())
     except (UserError, OSError, KeyboardInterrupt) as error:

@@ -44,8 +44,9 @@ def test_a_call_prints_and_logs_all_that_is_promised(tmp_path, folder):
     done = run_script('--data', 'set', '--runs', 3, '--seed', 5, '--log', 'kept', *TINY, cwd=tmp_path, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     path, log = only_log(tmp_path / 'kept')
-    assert list(log) == ['script', 'argv', 'source', 'hyp', 'data', 'device', 'dtype', 'versions', 'commit',
-                         'pflop', 'runs', 'summary']
+    assert list(log) == ['script', 'argv', 'source', 'hyp', 'seed', 'wanted', 'ranks', 'data', 'device', 'dtype',
+                         'versions', 'commit', 'pflop', 'resumed', 'runs', 'summary']
+    assert (log['seed'], log['wanted'], log['ranks'], log['resumed']) == (5, 3, 1, [])
     assert log['script'] == 'airbench94.py' and log['argv'][1:4] == ['--data', 'set', '--runs']
     assert log['source'] == (ROOT / 'airbench94.py').read_text() == (path / 'airbench94.py').read_text()
     assert log['hyp'] == override(airbench94.hyp, [*NARROW, 'opt.train_epochs=1'])
@@ -85,12 +86,19 @@ def test_without_a_network_it_trains_on_digits_and_says_so(tmp_path):
     assert log['hyp']['net']['widths']['block1'] == 8
 
 
-def test_the_script_runs_alone_in_another_folder(tmp_path, folder):
-    shutil.copy(ROOT / 'airbench94.py', tmp_path)
+@pytest.mark.parametrize('target', [94, 95, 96])
+def test_each_script_runs_alone_in_another_folder(target, tmp_path, folder):
+    name = f'airbench{target}'
+    shutil.copy(ROOT / f'{name}.py', tmp_path)
     shutil.copytree(folder, tmp_path / 'cifar10')       # the default folder
-    done = run_script(*TINY, cwd=tmp_path, script=tmp_path / 'airbench94.py', env=ONE_THREAD)
+    done = run_script(*TINY, cwd=tmp_path, script=tmp_path / f'{name}.py', env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
-    assert only_log(tmp_path / 'logs')[1]['data']['path'] == 'cifar10'
+    path, log = only_log(tmp_path / 'logs')
+    assert log['data']['path'] == 'cifar10' and log['script'] == f'{name}.py' and name in path.name
+    assert log['summary']['target'] == target / 100 and f'target 0.{target}:' in done.stdout
+    mistake = run_script('--runs', '0', cwd=tmp_path, script=tmp_path / f'{name}.py')
+    assert mistake.stderr.startswith(f'{name}.py: --runs must be')
+    assert f'{name}: train CIFAR-10 to {target}% in ' in run_script('--help', cwd=tmp_path, script=tmp_path / f'{name}.py').stdout
 
 
 MISTAKES = [
@@ -108,6 +116,7 @@ MISTAKES = [
     (['--data', 'digits', 'opt.batch_size=2000'], 'a batch of 2000 is larger than the set of 1437 images'),
     (['--data', 'digits', '--log', 'a-file'], 'Not a directory'),
     (['--data', 'bad-labels'], 'bad-labels, training set: labels go from 0 to 10, for 10 classes'),
+    (['--data', 'digits', '--resume', 'broken'], '--resume broken: it has no log.json, but is not empty'),
     (['--data', 'broken'], 'broken, training set: must be a dict with images, labels and a list of classes'),
 ]
 
@@ -173,7 +182,7 @@ def test_an_accelerator_warms_up_on_random_labels_and_makes_25_runs(tmp_path, fo
     """The CPU, under another name, stands in for the accelerator."""
     calls = []
 
-    def train(train_loader, test_loader, hyp, seed=None, on_row=None):
+    def train(train_loader, test_loader, hyp, seed=None, on_epoch=None):
         calls.append((seed, torch.equal(train_loader.labels, torch.load(folder / 'train.pt')['labels'])))
         return None, {'seed': seed, 'tta_val_acc': 0.94 + 1e-3 * (seed or 0), 'seconds': 1.0, 'epochs': []}
     monkeypatch.chdir(tmp_path)
@@ -181,8 +190,11 @@ def test_an_accelerator_warms_up_on_random_labels_and_makes_25_runs(tmp_path, fo
     loader = airbench94.CifarLoader
 
     def accelerated(*args, device, **kwargs):
-        return loader(*args, device='cpu', **kwargs)
+        on_cpu = loader(*args, device='cpu', **kwargs)
+        on_cpu.device = device
+        return on_cpu
     monkeypatch.setattr(airbench94, 'CifarLoader', accelerated)
+    monkeypatch.setattr(airbench94, 'count_pflop', lambda *args: 0.36)
     monkeypatch.setattr(airbench94, 'pick_device', lambda name: (torch.device('mps'), torch.float32))
     assert airbench94.main(['--data', str(folder), *NARROW]) == 0
     assert calls == [(None, False)] + [(seed, True) for seed in range(25)]
@@ -190,7 +202,7 @@ def test_an_accelerator_warms_up_on_random_labels_and_makes_25_runs(tmp_path, fo
 
 
 def test_an_error_in_the_middle_keeps_the_finished_runs(tmp_path, folder, monkeypatch):
-    def train(train_loader, test_loader, hyp, seed, on_row):
+    def train(train_loader, test_loader, hyp, seed, on_epoch):
         if seed == 2:
             raise RuntimeError('out of memory')
         return None, {'seed': seed, 'tta_val_acc': 0.9, 'seconds': 1.0, 'epochs': []}

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+import airbench95
+import airbench96
 from airbench94 import LookaheadState, hyp, infer, make_net, make_optimizer, train, train_step
 
 
-def meta_step(loader):
+def meta_step(loader, hyp=hyp):
     """One whole fp16 step on the meta device, which raises as soon as a CPU tensor takes part."""
     inputs, labels = next(iter(loader))
     net = make_net(hyp, device='meta', dtype=torch.float16)
@@ -18,9 +20,10 @@ def meta_step(loader):
     return net, inputs, loss, outputs
 
 
-def test_fp16_training_step_and_tta_leave_nothing_on_the_cpu(loaders):
-    train_loader, test_loader = loaders(device='meta', dtype=torch.float16)
-    net, inputs, loss, outputs = meta_step(train_loader)
+@pytest.mark.parametrize('hyp', [hyp, airbench95.hyp, airbench96.hyp], ids=['94', '95', '96'])
+def test_fp16_training_step_and_tta_leave_nothing_on_the_cpu(hyp, loaders):
+    train_loader, test_loader = loaders(device='meta', dtype=torch.float16, aug=hyp['aug'])
+    net, inputs, loss, outputs = meta_step(train_loader, hyp)
     assert inputs.dtype == outputs.dtype == torch.float16 and outputs.shape == (32, 10)
     assert inputs.is_contiguous(memory_format=torch.channels_last)
     assert all(p.grad is not None for p in net.parameters() if p.requires_grad)

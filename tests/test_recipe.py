@@ -1,12 +1,16 @@
 """Network, whitening, test-time augmentation and training, on made-up data."""
 
 import math
+import re
 
 import pytest
 import torch
 
 import airbench94
-from airbench94 import LookaheadState, count_pflop, evaluate, infer, init_whitening_conv, make_net, train, tta_views
+import airbench95
+import airbench96
+from airbench94 import ConvGroup, LookaheadState, count_pflop, evaluate, infer, init_whitening_conv, make_net, train, tta_views
+from conftest import ROOT
 
 
 def whitened(loader, eps):
@@ -96,13 +100,13 @@ def test_lookahead_averages_weights_and_running_statistics(narrow):
 def test_training_learns_is_recorded_and_repeats_to_the_last_bit(loaders, narrow):
     narrow['opt']['train_epochs'] = 15.5
     rows = []
-    net, record = train(*loaders(), narrow, seed=3, on_row=rows.append)
+    net, record = train(*loaders(), narrow, seed=3, on_epoch=rows.append)
     assert record['tta_val_acc'] > 0.3 and 'failed' not in record
     assert record['seed'] == 3 and [e['epoch'] for e in record['epochs']] == list(range(1, 17))
     assert record['val_acc'] == record['epochs'][-1]['val_acc']
     seconds = [e['seconds'] for e in record['epochs']] + [record['seconds']]
     assert seconds == sorted(seconds) and seconds[0] > 0
-    assert rows[:-1] == record['epochs'] and rows[-1]['tta_val_acc'] == record['tta_val_acc']
+    assert rows == record['epochs']
 
     train_loader, test_loader = loaders(seed=99)
     list(train_loader)      # a loader that is in use is rewound and gets the run's seed
@@ -140,8 +144,27 @@ def test_a_loss_that_is_not_finite_ends_the_run(loaders, narrow):
     assert record['tta_val_acc'] is None and record['epochs'] == []
 
 
-def test_pflop_a_run_is_about_what_the_paper_says(loaders):
+PAPER96 = re.search(r'^python airbench96.py (.*net.widths.*)$', (ROOT / 'README.md').read_text(), re.MULTILINE)[1]
+
+
+@pytest.mark.parametrize('hyp, published', [
+    (airbench94.hyp, 0.36), (airbench95.hyp, 1.39), (airbench96.hyp, 4.91),
+    (airbench94.override(airbench96.hyp, PAPER96.split()), 7.2),    # the README's command line
+], ids=['94', '95', '96', 'paper96'])
+def test_pflop_a_run_is_what_was_published(hyp, published, loaders):
     train_loader, test_loader = loaders(batch_size=1024)
     train_loader.images = torch.empty(50000, 32, 32, 3, dtype=torch.uint8, device='meta')
     test_loader.images = torch.empty(10000, 32, 32, 3, dtype=torch.uint8, device='meta')
-    assert math.isclose(count_pflop(train_loader, test_loader, airbench94.hyp), 0.36, rel_tol=0.02)
+    assert math.isclose(count_pflop(train_loader, test_loader, hyp), published, rel_tol=0.02)
+
+
+@pytest.mark.parametrize('depth', [2, 3, 5])
+def test_a_group_has_its_depth_and_its_residual_connection(depth):
+    settings = {'depth': depth, 'batchnorm_momentum': 0.6, 'batchnorm_eps': 1e-12}
+    x, activ = torch.randn(4, 3, 8, 8), torch.nn.GELU()
+    for residual in (False, True):
+        group = ConvGroup(3, 6, residual=residual, **settings).eval()
+        assert len(group.layers) == depth and group(x).shape == (4, 6, 4, 4)
+        torch.nn.init.zeros_(group.layers[-1].conv.weight)
+        expected = activ(activ(group.layers[0](x))) if residual else torch.zeros(4, 6, 4, 4)
+        torch.testing.assert_close(group(x), expected)
