@@ -701,9 +701,10 @@ def describe(args, ranks, data, hyp, train_loader, test_loader):
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else
                   f'{platform.machine()} {device.type}, {torch.backends.cpu.get_cpu_capability()}, '
                   f'{torch.get_num_threads()} threads',
-        'dtype': str(train_loader.dtype).removeprefix('torch.'), 'ranks': ranks, 'wanted': 1 if device.type == 'cpu' else 25,
+        'dtype': str(train_loader.dtype).removeprefix('torch.'),
         'versions': {'python': sys.version} | {m.__name__: str(m.__version__) for m in (torch, torchvision, np)},
-        'commit': commit or None, 'pflop': count_pflop(train_loader, test_loader, hyp), 'resumed': [], 'runs': []}
+        'commit': commit or None, 'pflop': count_pflop(train_loader, test_loader, hyp),
+        'ranks': ranks, 'wanted': 1 if device.type == 'cpu' else 25, 'resumed': [], 'runs': []}
 
 def resume(folder, log):
     """The log in `folder` with the call that `log` describes. Raises UserError if they do not fit together."""
@@ -744,8 +745,8 @@ def train_runs(runs, folder, log, loaders, verbose):
     train_loader, test_loader = loaders
     show = lambda run: lambda row: print_row({'run': run} | row) if verbose else None
     torch.backends.cudnn.benchmark = True
-    if train_loader.device.type != 'cpu' and runs:      # the warm-up learns random labels
-        warm_loader = copy.copy(train_loader)
+    if train_loader.device.type != 'cpu' and runs:
+        warm_loader = copy.copy(train_loader)   # the warm-up learns random labels
         warm_loader.labels = torch.randint_like(train_loader.labels, len(train_loader.classes))
         train(warm_loader, test_loader, log['hyp'], on_epoch=show('warm'))
     for run in runs:
@@ -767,7 +768,7 @@ def main(argv=None):
     rank, ranks = join_ranks()
     if rank > 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)    # only rank 0 has something to close
-    plan = error = None
+    plan, error = None, None
     try:
         args = parse_args(argv)
         device, dtype = pick_device(args.device)

@@ -9,11 +9,10 @@
     python airbench96.py --runs 100 opt.train_epochs=30 # every value of `hyp` can be overridden
     python airbench96.py --data digits                  # no network, no GPU: three minutes on a laptop
 
-airbench94.py with a wider and deeper residual network, cutout, larger shifts and more epochs: only this text and
-`hyp` differ. The recipe is Keller Jordan's, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024), section 4,
-https://arxiv.org/abs/2404.00498, "the paper" below, with the newer settings of its code (README.md has the paper's).
-Published: 96.03% (n=400), 34.7 A100-seconds a run. Measured: see README.md. The recipe comes first; the tooling,
-from Data sources on, can be left out of a copy.
+airbench94.py with a wider, deeper, residual network, cutout, larger shifts and more epochs: only this text and `hyp`
+differ. The recipe is Keller Jordan's, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024), section 4, "the paper"
+below: https://arxiv.org/abs/2404.00498, with the newer settings of its code. Published: 96.03% (n=400), 34.7
+A100-seconds a run. Measured: one epoch, see README.md, which also has the paper's own settings.
 """
 
 #### Setup #########################################################################################
@@ -702,9 +701,10 @@ def describe(args, ranks, data, hyp, train_loader, test_loader):
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else
                   f'{platform.machine()} {device.type}, {torch.backends.cpu.get_cpu_capability()}, '
                   f'{torch.get_num_threads()} threads',
-        'dtype': str(train_loader.dtype).removeprefix('torch.'), 'ranks': ranks, 'wanted': 1 if device.type == 'cpu' else 25,
+        'dtype': str(train_loader.dtype).removeprefix('torch.'),
         'versions': {'python': sys.version} | {m.__name__: str(m.__version__) for m in (torch, torchvision, np)},
-        'commit': commit or None, 'pflop': count_pflop(train_loader, test_loader, hyp), 'resumed': [], 'runs': []}
+        'commit': commit or None, 'pflop': count_pflop(train_loader, test_loader, hyp),
+        'ranks': ranks, 'wanted': 1 if device.type == 'cpu' else 25, 'resumed': [], 'runs': []}
 
 def resume(folder, log):
     """The log in `folder` with the call that `log` describes. Raises UserError if they do not fit together."""
@@ -745,8 +745,8 @@ def train_runs(runs, folder, log, loaders, verbose):
     train_loader, test_loader = loaders
     show = lambda run: lambda row: print_row({'run': run} | row) if verbose else None
     torch.backends.cudnn.benchmark = True
-    if train_loader.device.type != 'cpu' and runs:      # the warm-up learns random labels
-        warm_loader = copy.copy(train_loader)
+    if train_loader.device.type != 'cpu' and runs:
+        warm_loader = copy.copy(train_loader)   # the warm-up learns random labels
         warm_loader.labels = torch.randint_like(train_loader.labels, len(train_loader.classes))
         train(warm_loader, test_loader, log['hyp'], on_epoch=show('warm'))
     for run in runs:
@@ -768,7 +768,7 @@ def main(argv=None):
     rank, ranks = join_ranks()
     if rank > 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)    # only rank 0 has something to close
-    plan = error = None
+    plan, error = None, None
     try:
         args = parse_args(argv)
         device, dtype = pick_device(args.device)

@@ -44,8 +44,8 @@ def test_a_call_prints_and_logs_all_that_is_promised(tmp_path, folder):
     done = run_script('--data', 'set', '--runs', 3, '--seed', 5, '--log', 'kept', *TINY, cwd=tmp_path, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     path, log = only_log(tmp_path / 'kept')
-    assert list(log) == ['script', 'argv', 'source', 'hyp', 'seed', 'wanted', 'ranks', 'data', 'device', 'dtype',
-                         'versions', 'commit', 'pflop', 'resumed', 'runs', 'summary']
+    assert list(log) == ['script', 'argv', 'source', 'hyp', 'seed', 'data', 'device', 'dtype', 'versions', 'commit',
+                         'pflop', 'ranks', 'wanted', 'resumed', 'runs', 'summary']
     assert (log['seed'], log['wanted'], log['ranks'], log['resumed']) == (5, 3, 1, [])
     assert log['script'] == 'airbench94.py' and log['argv'][1:4] == ['--data', 'set', '--runs']
     assert log['source'] == (ROOT / 'airbench94.py').read_text() == (path / 'airbench94.py').read_text()

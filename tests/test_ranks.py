@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,12 +20,16 @@ from conftest import NARROW, ROOT, run_script
 
 ONE_THREAD = os.environ | {'OMP_NUM_THREADS': '1', 'CIFAR10_URL': 'http://127.0.0.1:9/cifar-10-python.tar.gz'}
 TINY = ['--device', 'cpu', *NARROW, 'opt.train_epochs=1']
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+HERE = ['--standalone', '--nproc_per_node=2']
+
+
+def torchrun(options, *args, cwd):
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', *options, ROOT / 'airbench94.py', *map(str, args)],
+                            cwd=cwd, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def start_two(*args, cwd, options=()):
-    return subprocess.Popen([*TORCHRUN, *options, str(ROOT / 'airbench94.py'), *map(str, args)], cwd=cwd, env=ONE_THREAD,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return torchrun([*HERE, *options], *args, cwd=cwd)
 
 
 def run_two(*args, **kwargs):
@@ -127,6 +132,22 @@ def test_torchrun_restarts_what_it_lost(tmp_path, folder):
     log = load_log(tmp_path / 'log')
     assert log['summary']['n'] == 30 and len(log['resumed']) == 1
     assert out.count(' eval ') == 30    # none was made twice
+
+
+def test_two_nodes_make_the_runs_together_and_lose_a_rank(tmp_path, folder):
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    options = ['--nnodes=2', '--nproc_per_node=1', '--rdzv-backend=c10d', f'--rdzv-endpoint=localhost:{port}',
+               '--rdzv-id=nodes', '--max-restarts=1']
+    call = ['--data', folder, '--runs', 30, '--resume', tmp_path / 'log', *TINY]
+    nodes = [torchrun(options, *call, cwd=tmp_path) for _ in range(2)]
+    wait_for_records(tmp_path / 'log', 4)
+    doomed = next(pid for node in nodes if (pid := pid_of_rank(node, 1)))
+    os.kill(doomed, signal.SIGKILL)
+    ends = [node.communicate(timeout=200) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], ends
+    assert sum(out.count(' eval ') for out, _ in ends) == load_log(tmp_path / 'log')['summary']['n'] == 30
 
 
 def test_ctrl_c_keeps_the_finished_runs_of_all_ranks(tmp_path, folder):
