@@ -536,9 +536,9 @@ def print_row(row, rule_below=False):
     """Print a row of the table, a dict with some of COLUMNS, by one write, over any rank's progress bar."""
     values = [row.get(name) for name in COLUMNS]
     cells = ['' if value is None else f'{value:.4f}' if isinstance(value, float) else str(value) for value in values]
-    line = '| ' + ' | '.join(cell.rjust(len(name)) for cell, name in zip(cells, COLUMNS)) + ' |'
-    line = line + '\n' + '-' * len(line) if rule_below else line
-    print('\r\x1b[K' * sys.stdout.isatty() + line + '\n', end='', flush=True)
+    line = '| ' + ' | '.join(cell.rjust(len(name)) for cell, name in zip(cells, COLUMNS)) + ' |\n'
+    rule = '-' * (len(line) - 1) + '\n' if rule_below else ''
+    print(('\r\x1b[K' if sys.stdout.isatty() else '') + line + rule, end='', flush=True)
 
 def write_json(path, content):
     """Write `content` to `path`, which holds either all of it or what it held before."""
@@ -595,10 +595,10 @@ def agree(rank, ranks, plan, error):
     everywhere = [(plan, error)] * ranks
     if ranks > 1:
         dist.all_gather_object(everywhere, (plan, error))
-    errors = [f'rank {i}: {error}' if i else error for i, (_, error) in enumerate(everywhere) if error]
-    if errors:
-        time.sleep(60 if rank > 0 else 0)   # torchrun ends the others as soon as rank 0 has failed
-        raise UserError(errors[0])
+    for i, (_, error) in enumerate(everywhere):
+        if error:
+            time.sleep(60 if rank > 0 else 0)   # torchrun ends the others as soon as rank 0 has failed
+            raise UserError(f'rank {i}: {error}' if i else error)
     return everywhere[0][0]
 
 #### Command line ##################################################################################
