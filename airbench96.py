@@ -155,8 +155,7 @@ class CifarLoader:
         self.aug = {'flip': False, 'translate': 0, 'cutout': 0} | (aug or {})
         if batch_size < 1 or len(self.aug) != 3 or not 0 <= min(self.aug.values()) <= max(self.aug.values()) < 32:
             raise UserError(f'batch_size={batch_size}, aug={aug}: needs 1 or more; flip, translate, cutout; 0 to 31')
-        self.drop_last = train if drop_last is None else drop_last
-        self.shuffle = train if shuffle is None else shuffle
+        self.drop_last, self.shuffle = (train if chosen is None else chosen for chosen in (drop_last, shuffle))
         self.seed, self.epoch = seed, 0     # epoch: how many were served so far
 
     def __len__(self):
