@@ -43,8 +43,8 @@ def test_the_set_up_is_what_ci_and_the_script_need():
     assert 'pip install --quiet --requirement requirements.txt\npython -m pytest\n' in ci
     required = [line.split('#')[0].strip() for line in (ROOT / 'requirements.txt').read_text().splitlines()]
     assert all('#' in line for line in (ROOT / 'requirements.txt').read_text().splitlines())
-    inline = re.search(r'^# dependencies = (.*)$', (ROOT / 'airbench94.py').read_text(), re.MULTILINE)[1]
-    assert set(ast.literal_eval(inline)) <= set(required)
+    inline = {re.search(r'^# dependencies = (.*)$', path.read_text(), re.MULTILINE)[1] for path in ROOT.glob('*.py')}
+    assert len(inline) == 1 and set(ast.literal_eval(inline.pop())) <= set(required)
 
 
 def test_links_to_files_lead_somewhere():
