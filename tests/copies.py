@@ -2,10 +2,11 @@
 
     python tests/copies.py      # copies the original's shared sections over those of the other scripts
 
-A section begins with its banner, `#### Name ####...`, and ends before the next one; what is above the first banner is
-the Header. test_copies.py fails when a shared section differs, and when a script has a section that is not declared here.
+A section begins with its banner, `#### Name ####...`, and ends before the next one; what is above the first banner
+is the Header. test_copies.py fails when a shared section differs, and when a section is not declared here.
 """
 
+import argparse
 import re
 from pathlib import Path
 
@@ -41,12 +42,12 @@ def repaired(original, copy, local):
 
 
 def main():
+    argparse.ArgumentParser(description=f"Copy {ORIGINAL}'s shared sections over the other scripts'.").parse_args()
     original = (ROOT / ORIGINAL).read_text()
-    for name, (_, local) in COPIES.items():
-        before = (ROOT / name).read_text()
-        after = repaired(original, before, local)
-        (ROOT / name).write_text(after)
-        print(f"{name}: {'brought up to date' if after != before else 'was up to date'}")
+    for name, (shared, local) in COPIES.items():
+        copy = (ROOT / name).read_text()
+        print(f'{name}:', '; '.join(faults(original, copy, shared, local)) or 'was up to date')
+        (ROOT / name).write_text(repaired(original, copy, local))
 
 
 if __name__ == '__main__':

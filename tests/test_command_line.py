@@ -116,7 +116,7 @@ MISTAKES = [
     (['--data', 'digits', 'opt.batch_size=2000'], 'a batch of 2000 is larger than the set of 1437 images'),
     (['--data', 'digits', '--log', 'a-file'], 'Not a directory'),
     (['--data', 'bad-labels'], 'bad-labels, training set: labels go from 0 to 10, for 10 classes'),
-    (['--data', 'digits', '--resume', 'broken'], '--resume broken: it has no log.json, but is not empty'),
+    (['--data', 'digits', '--resume', 'broken'], '--resume broken: neither a log nor an empty folder'),
     (['--data', 'broken'], 'broken, training set: must be a dict with images, labels and a list of classes'),
 ]
 
