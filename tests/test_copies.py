@@ -53,7 +53,7 @@ def test_what_is_local_stays():
     assert "'lr': 9.5," in changed and stays and faults(SOURCE, changed, shared, local) == []
 
 
-# The settings that the papers' README lists as different from airbench94's.
+# What the published scripts set otherwise than airbench94.
 PUBLISHED = {
     'airbench95': {'opt.train_epochs': 15.0, 'opt.lr': 10.0, 'net.widths.block1': 128, 'net.widths.block2': 384,
                    'net.widths.block3': 384, 'target': 0.95},
