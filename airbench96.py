@@ -781,11 +781,11 @@ def main(argv=None):
         if everyone and not everyone.is_success():
             raise OSError('another rank was lost')
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # a second Ctrl-C could only spoil the end
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print('\ninterrupted; the finished runs are kept')
     finally:
         if rank == 0:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)    # a second Ctrl-C comes when all is being closed
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             close_log(folder, log)
     # To torchrun, 1 means a lost rank and a restart. A failed run is none: it would only fail again.
     return 0 if rank > 0 or log['summary']['n'] + (ranks > 1) * log['summary']['failed'] >= log['wanted'] else 1
