@@ -10,8 +10,8 @@
     python airbench94.py --data digits                  # no network, no GPU: a minute on a laptop
 
 The recipe is Keller Jordan's, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024), "the paper" below:
-https://arxiv.org/abs/2404.00498. Published: 94.01% (n=1000), 3.83 A100-seconds a run. Measured: 93.98% (n=2),
-3873 seconds on two cores of an AMD EPYC with torch 2.14.1; README.md links the logs, and other figures.
+https://arxiv.org/abs/2404.00498. Published: 94.01% (n=1000), 3.83 A100-seconds a run. Measured: 94.05% (n=3),
+3798 seconds on two cores of an AMD EPYC with torch 2.14.1; README.md links the logs, and other figures.
 """
 
 #### Setup #########################################################################################
