@@ -601,11 +601,10 @@ def agree(rank, ranks, action, *args):
 
 #### Command line ##################################################################################
 LIMITS = {      # of values in hyp, both included; other floats go from 0, other ints from 1, to 1e9
-    'opt.train_epochs': (1e-9, 1e9), 'opt.lr': (1e-9, 1e9), 'opt.momentum': (0.001, 0.999),
+    'target': (0, 1), 'opt.train_epochs': (1e-9, 1e9), 'opt.lr': (1e-9, 1e9), 'opt.momentum': (0.001, 0.999),
     'opt.bias_scaler': (1e-9, 1e9), 'opt.label_smoothing': (0, 1), 'opt.whiten_bias_epochs': (0, 1e9),
     'opt.schedule.peak_at': (0, 1), 'opt.lookahead.decay': (0, 1), 'aug.translate': (0, 31), 'aug.cutout': (0, 31),
-    'net.depth': (2, 9), 'net.batchnorm_momentum': (0, 1), 'net.whiten_kernel': (1, 9),
-    'net.tta_level': (0, 2), 'target': (0, 1)}
+    'net.depth': (2, 9), 'net.batchnorm_momentum': (0, 1), 'net.whiten_kernel': (1, 9), 'net.tta_level': (0, 2)}
 
 def leaves(tree, prefix=''):
     """Yield ('opt.lr', (tree['opt'], 'lr')) and the like for all values of nested dicts."""
@@ -717,12 +716,8 @@ def resume(folder, log):
     this = {key: log[key] for key in ('argv', 'ranks', 'device', 'versions', 'commit')}
     return old | {'resumed': [*old['resumed'], this]}
 
-def open_log(args, device, dtype, ranks):
-    """Start a log, or find the one to resume. Returns (its folder, the log, the numbers of the runs that it lacks)."""
-    if ranks > 1:
-        print(f'rank 0 of {ranks} prepares data and log; the others wait', flush=True)
-    data, settings = choose_data(args)
-    log = describe(args, ranks, data, settings, *make_loaders(data, settings, device, dtype))
+def open_log(args, log):
+    """Start `log`, or find the one to resume. Returns (its folder, the log, the numbers of the runs that it lacks)."""
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}-{os.urandom(3).hex()}"
     folder = Path(args.resume or Path(args.log, name))
     if (folder / 'log.json').exists():
@@ -769,11 +764,16 @@ def main(argv=None):
         signal.signal(signal.SIGINT, signal.SIG_DFL)    # only rank 0 has something to close
     args = agree(rank, ranks, parse_args, argv)[rank]
     device, dtype = agree(rank, ranks, pick_device, args.device)[rank]
-    folder, log, missing = agree(rank, ranks, lambda: rank > 0 or open_log(args, device, dtype, ranks))[0]
+    if rank == 0 and ranks > 1:
+        print(f'rank 0 of {ranks} prepares data and log; the others wait', flush=True)
+    data, settings = agree(rank, ranks, lambda: rank > 0 or choose_data(args))[0]
+    loaders = []    # filled, and not returned: what is returned is sent to all ranks
+    agree(rank, ranks, lambda: loaders.extend(make_loaders(data, settings, device, dtype)))
+    start = lambda: rank > 0 or open_log(args, describe(args, ranks, data, settings, *loaders))
+    folder, log, missing = agree(rank, ranks, start)[0]
     if rank == 0:
         signal.signal(signal.SIGTERM, signal.default_int_handler)   # a scheduler's or torchrun's Ctrl-C
     try:
-        loaders = make_loaders(log['data']['path'], log['hyp'], device, dtype)
         train_runs(missing[rank::ranks], folder, log, *loaders, verbose=rank == 0)
         everyone = dist.barrier(async_op=True) if ranks > 1 else None
         while everyone and not everyone.is_completed():     # a wait that Ctrl-C can end
