@@ -1,5 +1,6 @@
 """What the tests share: made-up data, a narrow network's settings, and the scripts as subprocesses."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,9 @@ import airbench94
 
 torch.set_num_threads(1)    # the tests' networks are so small that a second thread would only wait
 NARROW = ['net.widths.block1=8', 'net.widths.block2=16', 'net.widths.block3=16', 'opt.batch_size=32']
+TINY = ['--device', 'cpu', *NARROW, 'opt.train_epochs=1']
+OFFLINE = os.environ | {'CIFAR10_URL': 'http://127.0.0.1:9/cifar-10-python.tar.gz'}     # where nobody listens
+ONE_THREAD = OFFLINE | {'OMP_NUM_THREADS': '1'}
 
 
 def made_up_split(n, seed=0, classes=airbench94.CIFAR_CLASSES):
@@ -65,3 +69,12 @@ def run_script(*args, cwd, script=ROOT / 'airbench94.py', env=None, **options):
     """Run the script to its end as a user would, and return the finished process with its text."""
     return subprocess.run([sys.executable, str(script), *map(str, args)], cwd=cwd, env=env,
                           capture_output=True, text=True, timeout=280, **options)
+
+
+def load_log(folder):
+    return json.loads((folder / 'log.json').read_text())
+
+
+def figures(run):
+    """What of a run's record does not depend on the clock."""
+    return [run['seed'], run['tta_val_acc'], [{**epoch, 'seconds': None} for epoch in run['epochs']]]

@@ -18,16 +18,12 @@ import torch
 
 import airbench94
 from airbench94 import UserError, leaves, override, summarize
-from conftest import NARROW, ROOT, made_up_split, run_script
-
-OFFLINE = os.environ | {'CIFAR10_URL': 'http://127.0.0.1:9/cifar-10-python.tar.gz'}     # where nobody listens
-ONE_THREAD = OFFLINE | {'OMP_NUM_THREADS': '1'}
-TINY = ['--device', 'cpu', *NARROW, 'opt.train_epochs=1']
+from conftest import NARROW, OFFLINE, ONE_THREAD, ROOT, TINY, figures, load_log, made_up_split, run_script
 
 
 def only_log(folder):
     (path,) = folder.iterdir()
-    return path, json.loads((path / 'log.json').read_text())
+    return path, load_log(path)
 
 
 def test_digits_reach_95_percent(tmp_path):
@@ -70,9 +66,6 @@ def test_a_call_prints_and_logs_all_that_is_promised(tmp_path, folder):
     again = run_script('--data', 'set', '--seed', 6, '--log', 'again', *TINY, cwd=tmp_path, env=ONE_THREAD)
     assert again.returncode == 0
     (repeated,) = only_log(tmp_path / 'again')[1]['runs']
-
-    def figures(run):
-        return [run['tta_val_acc'], *(epoch[key] for epoch in run['epochs'] for key in ('train_loss', 'val_acc'))]
     assert figures(repeated) == figures(log['runs'][1])
 
 

@@ -1,7 +1,6 @@
 """Many runs over torchrun's processes, ends of all kinds, and going on after them. Two gloo processes on the CPU."""
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -19,10 +18,8 @@ import torch
 
 import airbench94
 from airbench94 import UserError, agree, join_ranks
-from conftest import NARROW, ROOT, run_script
+from conftest import ONE_THREAD, ROOT, TINY, figures, load_log, run_script
 
-ONE_THREAD = os.environ | {'OMP_NUM_THREADS': '1', 'CIFAR10_URL': 'http://127.0.0.1:9/cifar-10-python.tar.gz'}
-TINY = ['--device', 'cpu', *NARROW, 'opt.train_epochs=1']
 HERE = ['--standalone', '--nproc_per_node=2']
 
 
@@ -42,11 +39,6 @@ def run_two(*args, cwd, options=HERE):
     with torchrun(*args, cwd=cwd, options=options) as process:
         out, err = process.communicate(timeout=200)
         return process.returncode, out, err
-
-
-def figures(log):
-    """What of a log's runs does not depend on the clock."""
-    return [[run['seed'], run['tta_val_acc'], [{**epoch, 'seconds': None} for epoch in run['epochs']]] for run in log['runs']]
 
 
 def records(folder):
@@ -73,10 +65,6 @@ def finished(out):
     return [int(line.split()[1]) for line in out.splitlines() if line.startswith('|') and ' eval ' in line]
 
 
-def load_log(folder):
-    return json.loads((folder / 'log.json').read_text())
-
-
 @pytest.fixture(scope='module')
 def three_runs(tmp_path_factory, folder):
     """The log of three runs by two ranks, in a folder that did not exist, and what was printed."""
@@ -92,7 +80,7 @@ def test_one_process_and_two_make_the_same_runs(three_runs, tmp_path, folder):
                       cwd=tmp_path, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     alone, both = load_log(tmp_path / 'one'), load_log(path)
-    assert figures(alone) == figures(both) and [run['seed'] for run in both['runs']] == [5, 6, 7]
+    assert [*map(figures, alone['runs'])] == [*map(figures, both['runs'])] and [run['seed'] for run in both['runs']] == [5, 6, 7]
     assert (alone['ranks'], both['ranks']) == (1, 2)
     assert alone['summary'] == both['summary']
 
