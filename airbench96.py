@@ -29,7 +29,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -138,13 +141,13 @@ class CifarLoader:
     One iteration is one epoch of (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images`
     (uint8 NHWC) and `labels` may be replaced, as in `loader.images = loader.images[mask]`.
     path: as for load_data. aug: {'flip': bool, 'translate': pixels, 'cutout': pixels}, default none.
-    drop_last, shuffle: default to `train`. Raises UserError for a wrong batch_size or aug and as load_data
-    does; its length and iteration raise UserError if short batches are dropped and the set does not fill one."""
+    augment: that function, or one with its results. drop_last, shuffle: default to `train`.
+    Raises UserError for a wrong batch_size or aug and as load_data does; its length and iteration raise UserError if short batches are dropped and the set does not fill one."""
     def __init__(self, path, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None,
-                 *, seed=0, device, dtype):
+                 *, seed=0, device, dtype, augment=augment):
         data = load_data(path, train)
         work = torch.promote_types(dtype, torch.float32)
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self.augment = torch.device(device), dtype, augment
         self.images, self.labels = data['images'].to(device), data['labels'].to(device)
         self.mean, self.std = (torch.tensor(data[key], dtype=work, device=device) for key in ('mean', 'std'))
         self.classes, self.batch_size = data['classes'], batch_size
@@ -187,8 +190,8 @@ class CifarLoader:
         served = (order, *(values[order] for values in (*draws, self.labels)))
         batches = zip(*(values.split(self.batch_size) for values in served))
         for index, flip, shift, corner, labels in islice(batches, len(self)):
-            yield augment(self.images, index, flip, shift, corner, self.aug['cutout'],
-                          mean=self.mean, std=self.std, dtype=self.dtype), labels
+            yield self.augment(self.images, index, flip, shift, corner, self.aug['cutout'],
+                               mean=self.mean, std=self.std, dtype=self.dtype), labels
 
 #### Network #######################################################################################
 class Mul(nn.Module):
@@ -285,9 +288,10 @@ def init_whitening_conv(layer, images, eps):
     layer.weight.data.copy_(torch.cat((filters, -filters)).view(layer.weight.shape))
 
 #### Optimizer #####################################################################################
-def make_optimizer(net, hyp, total_steps):
+def make_optimizer(net, hyp, total_steps, fused=None):
     """Nesterov SGD and its schedule, as (optimizer, scheduler). Learning rate, weight decay, momentum and batch
-    size can each be tuned alone: https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/"""
+    size can each be tuned alone: https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/
+    fused: torch.optim.SGD's, whether each group's update is a single kernel."""
     opt, schedule = hyp['opt'], hyp['opt']['schedule']
     # Dividing by the scale keeps the size of a step about the same for any momentum. (Under a constant
     # gradient, momentum enlarges steps by 1 / (1 - momentum); the published scale, kept here, adds 1.)
@@ -302,24 +306,28 @@ def make_optimizer(net, hyp, total_steps):
     optimizer = torch.optim.SGD([
         {'params': norm_biases, 'lr': lr_biases, 'weight_decay': weight_decay / lr_biases},
         {'params': other_params, 'lr': lr, 'weight_decay': weight_decay / lr},
-    ], momentum=opt['momentum'], nesterov=True)
+    ], momentum=opt['momentum'], nesterov=True, fused=fused)
     corners = [0, int(schedule['peak_at'] * total_steps), total_steps]
     share = lambda step: float(np.interp(step, corners, [schedule['start'], 1, schedule['end']]))
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 #### Lookahead #####################################################################################
+def lookahead(averages, weights, decay):
+    """Let averages keep the share `decay` of themselves and take the rest from weights; copy them back. Two
+    lists of tensors, changed in place."""
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+    torch._foreach_copy_(weights, averages)
+
 class LookaheadState:
     """A moving average of a network's weights and running statistics, that the network is reset to
     (section 3.4), after Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back" (2019)."""
-    def __init__(self, net):
+    def __init__(self, net, lookahead=lookahead):
         self.weights = [v for v in net.state_dict().values() if v.is_floating_point()]
         self.average = [w.clone() for w in self.weights]
+        self.lookahead = lookahead
 
     def update(self, decay):
-        """Let the average keep the share `decay` of itself and take the rest from the network; copy it back."""
-        for average, weight in zip(self.average, self.weights):
-            average.lerp_(weight, 1 - decay)
-            weight.copy_(average)
+        self.lookahead(self.average, self.weights, decay)
 
 #### Evaluation ####################################################################################
 def tta_views(inputs, tta_level):
@@ -334,35 +342,53 @@ def tta_views(inputs, tta_level):
         views = [(0.5 * weight, view) for weight, plain in views for view in (plain, plain.flip(-1))]
     return views
 
-def infer(net, loader, tta_level=0):
+def forward(net, inputs):
+    return net(inputs)
+
+def infer(net, loader, tta_level=0, forward=forward):
     """Logits (N, num_classes) of the loader's images, in set order, only TTA applied. Leaves net in eval mode."""
     net.eval()
     logits = []
     with torch.no_grad():
         for images in progress(loader.images.split(loader.batch_size), 'inference'):
-            logits.append(sum(weight * net(view) for weight, view in tta_views(loader.normalize(images), tta_level)))
+            logits.append(sum(weight * forward(net, view.contiguous(memory_format=torch.channels_last))
+                              for weight, view in tta_views(loader.normalize(images), tta_level)))
     return torch.cat(logits)
 
 def accuracy(logits, labels):
     """Share, in [0, 1], of (N, num_classes) logits that are largest at their label, int64 (N,)."""
     return (logits.argmax(1) == labels).sum().item() / len(labels)
 
-def evaluate(net, loader, tta_level=0):
+def evaluate(net, loader, tta_level=0, forward=forward):
     """Accuracy in [0, 1] on the loader's images."""
-    return accuracy(infer(net, loader, tta_level), loader.labels)
+    return accuracy(infer(net, loader, tta_level, forward), loader.labels)
 
 #### Training ######################################################################################
-def train_step(net, optimizer, inputs, labels, label_smoothing):
-    """One step of SGD. Returns the batch's summed loss and outputs (B, num_classes), on the device."""
+def compute_loss(net, inputs, labels, label_smoothing):
+    """A batch's summed loss and its outputs (B, num_classes), on the device."""
     outputs = net(inputs)
     losses = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing, reduction='none')
-    loss = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))    # fp16 is too coarse
+    return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32)), outputs      # fp16 is too coarse
+
+def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=compute_loss):
+    """One step of SGD. Returns what compute_loss does."""
+    loss, outputs = compute_loss(net, inputs, labels, label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    return loss.detach(), outputs.detach()
+    return loss.detach().clone(), outputs.detach().clone()      # the next CUDA graph takes the originals' memory
 
-def train(train_loader, test_loader, hyp=hyp, seed=0, on_epoch=lambda row: None):
+@dataclass(frozen=True)
+class Backend:
+    """The functions of a training that have a faster twin (see Fast path). By default it is plain torch."""
+    augment: Callable = augment
+    make_net: Callable = make_net
+    make_optimizer: Callable = make_optimizer
+    lookahead: Callable = lookahead
+    forward: Callable = forward
+    compute_loss: Callable = compute_loss
+
+def train(train_loader, test_loader, hyp=hyp, seed=0, on_epoch=lambda row: None, backend=Backend()):
     """Train a new network; the result depends on the loaders, `hyp` and `seed` alone. Returns (net, record).
     The training loader, whose batch size must be that of `hyp`, is rewound and gets `seed`. on_epoch gets each of
     the record's epochs. record: {'seed', 'val_acc', 'tta_val_acc', 'seconds', 'epochs': [{'epoch', 'train_loss',
@@ -373,14 +399,14 @@ def train(train_loader, test_loader, hyp=hyp, seed=0, on_epoch=lambda row: None)
     opt, device, step = hyp['opt'], train_loader.device, 0
     total_steps = math.ceil(len(train_loader) * opt['train_epochs'])
     train_loader.seed, train_loader.epoch = seed, 0
-    net = make_net(hyp, len(train_loader.classes), seed=seed, device=device, dtype=train_loader.dtype)
-    optimizer, scheduler = make_optimizer(net, hyp, total_steps)
+    net = backend.make_net(hyp, len(train_loader.classes), seed=seed, device=device, dtype=train_loader.dtype)
+    optimizer, scheduler = backend.make_optimizer(net, hyp, total_steps)
     record = {'seed': seed, 'val_acc': None, 'tta_val_acc': None, 'seconds': 0.0, 'epochs': []}
 
     start = clock(device)
     whiten_images = train_loader.normalize(train_loader.images[:hyp['net']['whiten_images']])
     init_whitening_conv(net[0], whiten_images, hyp['net']['whiten_eps'])
-    lookahead = LookaheadState(net)
+    average = LookaheadState(net, backend.lookahead)
     record['seconds'] += clock(device) - start
 
     for epoch in range(1, 1 + math.ceil(opt['train_epochs'])):
@@ -389,27 +415,27 @@ def train(train_loader, test_loader, hyp=hyp, seed=0, on_epoch=lambda row: None)
         net[0].bias.requires_grad = epoch <= opt['whiten_bias_epochs']
         losses, steps = [], min(len(train_loader), total_steps - step)
         for inputs, labels in progress(islice(train_loader, steps), f'epoch {epoch}', steps):
-            loss, outputs = train_step(net, optimizer, inputs, labels, opt['label_smoothing'])
+            loss, outputs = train_step(net, optimizer, inputs, labels, opt['label_smoothing'], backend.compute_loss)
             losses.append(loss)
             scheduler.step()
             step += 1
             if step % opt['lookahead']['every'] == 0:
-                lookahead.update(opt['lookahead']['decay'] * (step / total_steps)**opt['lookahead']['power'])
+                average.update(opt['lookahead']['decay'] * (step / total_steps)**opt['lookahead']['power'])
         if step == total_steps:
-            lookahead.update(decay=1.0)     # the average is the result
+            average.update(decay=1.0)   # the average is the result
         record['seconds'] += clock(device) - start
         losses = torch.stack(losses).tolist()
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None:
             record['failed'] = {'step': step - steps + bad + 1, 'reason': f'the loss is {losses[bad]}'}
             return net, record
-        record['val_acc'] = evaluate(net, test_loader)
+        record['val_acc'] = evaluate(net, test_loader, forward=backend.forward)
         record['epochs'].append({
             'epoch': epoch, 'train_loss': losses[-1] / len(labels), 'train_acc': accuracy(outputs, labels),
             'val_acc': record['val_acc'], 'seconds': record['seconds']})
         on_epoch(record['epochs'][-1])
     start = clock(device)
-    record['tta_val_acc'] = evaluate(net, test_loader, hyp['net']['tta_level'])
+    record['tta_val_acc'] = evaluate(net, test_loader, hyp['net']['tta_level'], backend.forward)
     record['seconds'] += clock(device) - start
     return net, record
 
@@ -424,6 +450,58 @@ def count_pflop(train_loader, test_loader, hyp):
         net.eval()(inputs[:1])
     of_image = of_view.get_total_flops() * len(tta_views(inputs[:1], hyp['net']['tta_level']))
     return 1e-15 * (steps * of_step.get_total_flops() + len(test_loader.images) * of_image)
+
+#### Fast path ###################################################################################
+def reuse_net(make_net):
+    """make_net, but all calls return the first one's network, with weights, statistics and all anew: what is compiled
+    for one network, and the memory that CUDA graphs know, serve every run."""
+    made = []
+    def remake_net(*args, **options):
+        fresh = make_net(*args, **options)
+        if not made:
+            made.append(fresh)
+        made[0].load_state_dict(fresh.state_dict())
+        return made[0]
+    return remake_net
+
+def compiled(device):
+    """A Backend that computes forward, loss and backward by torch.compile (section 3.7). It serves one network."""
+    options = {'fullgraph': True, 'dynamic': False, 'mode': 'max-autotune' if device.type == 'cuda' else 'default'}
+    return Backend(make_net=reuse_net(make_net), make_optimizer=partial(make_optimizer, fused=True),
+                   forward=torch.compile(forward, **options), compute_loss=torch.compile(compute_loss, **options))
+
+def compile_ahead(train_loader, test_loader, hyp, backend):
+    """Compile all that a run needs: steps that train the whitening bias and steps that do not, and the evaluation of
+    full and last batches after both. Returns the seconds it took. Raises UserError if torch cannot compile here."""
+    print('compiling: this takes a minute or more', flush=True)
+    start, device = clock(train_loader.device), train_loader.device
+    net = backend.make_net(hyp, len(train_loader.classes), device=device, dtype=train_loader.dtype)
+    optimizer, _ = backend.make_optimizer(net, hyp, total_steps=1)
+    batches = copy.copy(test_loader)
+    batches.images = batches.images[-batches.batch_size - len(batches.images) % batches.batch_size:]
+    try:
+        for net[0].bias.requires_grad in (True, False):
+            net.train()
+            for inputs, labels in islice(train_loader, 3):      # of which CUDA graphs are recorded
+                train_step(net, optimizer, inputs, labels, hyp['opt']['label_smoothing'], backend.compute_loss)
+            infer(net, batches, hyp['net']['tta_level'], backend.forward)
+    except Exception as error:      # of many kinds, by what is missing
+        raise UserError(f'--compile: {str(error).strip().splitlines()[0]}')
+    return clock(device) - start
+
+def choose_backend(kernels, compile, device):
+    """The Backend for --kernels and --compile. Raises UserError for kernels that must be and cannot."""
+    backend = compiled(device) if compile else Backend()
+    if kernels == 'off' or kernels == 'auto' and device.type != 'cuda':
+        return backend
+    try:
+        from kernels import flip_crop, lookahead, obstacle      # the folder beside this script
+        problem = obstacle(device)
+    except ImportError as error:
+        problem = f'no folder kernels beside this script: {error}'
+    if problem and kernels == 'on':
+        raise UserError(f'--kernels on: {problem}')
+    return backend if problem else replace(backend, augment=flip_crop, lookahead=lookahead)
 
 #### Data sources ##################################################################################
 CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
@@ -656,6 +734,8 @@ def parse_args(argv):
     parser.add_argument('--seed', type=int, default=0, help='run i has the seed SEED + i (default: 0)')
     parser.add_argument('--log', default='logs', help='where this call makes a folder for its log (default: logs)')
     parser.add_argument('--resume', metavar='DIR', help='make the runs that the log in DIR lacks, or start it')
+    parser.add_argument('--kernels', choices=('auto', 'on', 'off'), default='auto', help='use kernels/ (auto: on a GPU)')
+    parser.add_argument('--compile', action='store_true', help='train by torch.compile: slow to start, then faster')
     parser.add_argument('overrides', nargs='*', metavar='KEY=VALUE')
     args = parser.parse_intermixed_args(argv)
     if args.runs is not None and args.runs < 1 or not 0 <= args.seed < 2**32:
@@ -678,15 +758,16 @@ def choose_data(args):
               f'{DIGITS}.\n*** For CIFAR-10, put it into the folder cifar10 or set CIFAR10_URL.\n', flush=True)
         return 'digits', override(settings, DIGITS)
 
-def make_loaders(data, hyp, device, dtype):
+def make_loaders(data, hyp, device, dtype, augment):
     """(training loader, test loader) of `data`. Raises UserError if their classes differ, and as CifarLoader does."""
-    train_loader = CifarLoader(data, True, hyp['opt']['batch_size'], hyp['aug'], device=device, dtype=dtype)
+    train_loader = CifarLoader(data, True, hyp['opt']['batch_size'], hyp['aug'], device=device, dtype=dtype,
+                               augment=augment)
     test_loader = CifarLoader(data, False, 2000, device=device, dtype=dtype)
     if train_loader.classes != test_loader.classes:
         raise UserError(f'{data}: training and test set have different classes')
     return train_loader, test_loader
 
-def describe(args, ranks, data, hyp, train_loader, test_loader):
+def describe(args, ranks, data, hyp, train_loader, test_loader, compile_seconds):
     """log.json before its runs."""
     script, device, sizes = Path(__file__), train_loader.device, (len(train_loader.labels), len(test_loader.labels))
     commit = subprocess.run('git describe --always --exclude=* --abbrev=40 --dirty', shell=True, cwd=script.parent,
@@ -699,6 +780,7 @@ def describe(args, ranks, data, hyp, train_loader, test_loader):
                   f'{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads',
         'dtype': str(train_loader.dtype).removeprefix('torch.'),
         'versions': {'python': sys.version} | {m.__name__: str(m.__version__) for m in (torch, torchvision, np)},
+        'kernels': train_loader.augment is not augment, 'compile_seconds': compile_seconds,
         'commit': commit or None, 'pflop': count_pflop(train_loader, test_loader, hyp),
         'ranks': ranks, 'wanted': 1 if device.type == 'cpu' else 25, 'resumed': [], 'runs': []}
 
@@ -713,7 +795,7 @@ def resume(folder, log):
     differ = [name for name in now if name.split('.')[0] in same and now[name] != then.get(name)]
     if differ:
         raise UserError(f"--resume {folder}: the log there has another {', '.join(differ)}")
-    this = {key: log[key] for key in ('argv', 'ranks', 'device', 'versions', 'commit')}
+    this = {key: log[key] for key in ('argv', 'ranks', 'device', 'versions', 'kernels', 'compile_seconds', 'commit')}
     return old | {'resumed': [*old['resumed'], this]}
 
 def open_log(args, log):
@@ -731,20 +813,21 @@ def open_log(args, log):
     (folder / log['script']).write_text(log['source'])
     missing = sorted(set(range(log['wanted'])) - {int(path.stem) for path in folder.glob('runs/[0-9]*.json')})
     print('{data[path]}: {data[train]} + {data[test]} images; {device}, {dtype}'.format(**log))
+    print('kernels in Triton' if log['kernels'] else 'kernels of torch', end='; ')
+    print(f"compiled in {log['compile_seconds']:.0f} s" if log['compile_seconds'] else 'not compiled')
     print(f'{len(missing)} of {log["wanted"]} runs to make; log in {folder}')
     print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True)
     return folder, log, missing
 
-def train_runs(runs, folder, log, train_loader, test_loader, verbose):
+def train_runs(runs, folder, log, train_loader, test_loader, backend, verbose):
     """Train `runs`, a list of numbers, and write their records into `folder`. verbose: print each epoch's row."""
     show = lambda run: lambda row: print_row({'run': run} | row) if verbose else None
-    torch.backends.cudnn.benchmark = True
     if train_loader.device.type != 'cpu' and runs:
         warm_loader = copy.copy(train_loader)   # the warm-up learns random labels
         warm_loader.labels = torch.randint_like(train_loader.labels, len(train_loader.classes))
-        train(warm_loader, test_loader, log['hyp'], on_epoch=show('warm'))
+        train(warm_loader, test_loader, log['hyp'], on_epoch=show('warm'), backend=backend)
     for run in runs:
-        _, record = train(train_loader, test_loader, log['hyp'], log['seed'] + run, show(run))
+        _, record = train(train_loader, test_loader, log['hyp'], log['seed'] + run, show(run), backend)
         write_json(folder / 'runs' / f'{run:05}.json', record)
         print_row({'run': run, 'epoch': 'eval'} | record, rule_below=True)
         if 'failed' in record:
@@ -762,19 +845,22 @@ def main(argv=None):
     rank, ranks = join_ranks()
     if rank > 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)    # only rank 0 has something to close
+    torch.backends.cudnn.benchmark = True
     args = agree(rank, ranks, parse_args, argv)[rank]
     device, dtype = agree(rank, ranks, pick_device, args.device)[rank]
     if rank == 0 and ranks > 1:
         print(f'rank 0 of {ranks} prepares data and log; the others wait', flush=True)
     data, settings = agree(rank, ranks, lambda: rank > 0 or choose_data(args))[0]
-    loaders = []    # filled, and not returned: what is returned is sent to all ranks
-    agree(rank, ranks, lambda: loaders.extend(make_loaders(data, settings, device, dtype)))
-    start = lambda: rank > 0 or open_log(args, describe(args, ranks, data, settings, *loaders))
+    loaders, backends = [], []      # filled, and not returned: what is returned is sent to all ranks
+    agree(rank, ranks, lambda: backends.append(choose_backend(args.kernels, args.compile, device)))
+    agree(rank, ranks, lambda: loaders.extend(make_loaders(data, settings, device, dtype, backends[0].augment)))
+    seconds = agree(rank, ranks, lambda: compile_ahead(*loaders, settings, *backends) if args.compile else None)[rank]
+    start = lambda: rank > 0 or open_log(args, describe(args, ranks, data, settings, *loaders, seconds))
     folder, log, missing = agree(rank, ranks, start)[0]
     if rank == 0:
         signal.signal(signal.SIGTERM, signal.default_int_handler)   # a scheduler's or torchrun's Ctrl-C
     try:
-        train_runs(missing[rank::ranks], folder, log, *loaders, verbose=rank == 0)
+        train_runs(missing[rank::ranks], folder, log, *loaders, *backends, verbose=rank == 0)
         everyone = dist.barrier(async_op=True) if ranks > 1 else None
         while everyone and not everyone.is_completed():     # a wait that Ctrl-C can end
             time.sleep(0.1)

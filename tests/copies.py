@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORIGINAL = 'airbench94.py'
 LOCAL = {'Header', 'Hyperparameters'}
 SHARED = {'Setup', 'Augmentation and loader', 'Network', 'Whitening', 'Optimizer', 'Lookahead', 'Evaluation',
-          'Training', 'Data sources', 'Log', 'Ranks', 'Command line', 'Main'}
+          'Training', 'Fast path', 'Data sources', 'Log', 'Ranks', 'Command line', 'Main'}
 COPIES = {'airbench95.py': (SHARED, LOCAL), 'airbench96.py': (SHARED, LOCAL)}
 
 

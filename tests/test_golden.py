@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,9 @@ def set_weights(net, seed):
             p.data.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) / math.sqrt(p[0].numel()))
 
 
+@pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
 @pytest.mark.parametrize('path', GOLDEN, ids=lambda path: path.stem)
-def test_golden_trajectory(path, tmp_path, monkeypatch):
+def test_golden_trajectory(path, compiled, tmp_path, monkeypatch):
     golden = json.loads(path.read_text())
     script = __import__(golden['script'])
     for name, data in zip(('train.pt', 'test.pt'), golden_sets(golden)):
@@ -43,25 +45,25 @@ def test_golden_trajectory(path, tmp_path, monkeypatch):
     overrides += [f'net.widths.{block}={width}' for block, width in golden['widths'].items()]
     hyp = script.override(script.hyp, overrides)
 
-    losses, make_net, cross_entropy = [], script.make_net, torch.nn.functional.cross_entropy
+    backend = script.compiled(torch.device('cpu')) if compiled else script.Backend()
+    losses = []
 
-    def make_golden_net(*args, **kwargs):
-        net = make_net(*args, **kwargs)
+    def make_golden_net(*args, **options):
+        net = backend.make_net(*args, **options)
         set_weights(net, golden['seed'])
         return net
 
-    def recording_cross_entropy(*args, **kwargs):
-        loss = cross_entropy(*args, **kwargs)
-        losses.append(loss.sum().item())
-        return loss
+    def recording_compute_loss(*args):
+        loss, outputs = backend.compute_loss(*args)
+        losses.append(loss.item())
+        return loss, outputs
 
-    monkeypatch.setattr(script, 'make_net', make_golden_net)
+    golden_backend = replace(backend, make_net=make_golden_net, compute_loss=recording_compute_loss)
     monkeypatch.setattr(script, 'init_whitening_conv', lambda *args: None)
-    monkeypatch.setattr(torch.nn.functional, 'cross_entropy', recording_cross_entropy)
     train_loader = script.CifarLoader(tmp_path, batch_size=golden['batch_size'], shuffle=False,
                                       device='cpu', dtype=torch.float64)
     test_loader = script.CifarLoader(tmp_path, train=False, device='cpu', dtype=torch.float64)
-    net, _ = script.train(train_loader, test_loader, hyp, seed=7)
+    net, _ = script.train(train_loader, test_loader, hyp, seed=7, backend=golden_backend)
 
     close = {'rtol': 1e-9, 'atol': 1e-9}
     assert [list(p.shape) for p in net.parameters()] == golden['parameter_shapes']
