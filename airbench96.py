@@ -29,10 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -138,11 +135,11 @@ def augment(images, index, flip, shift, corner=None, size=0, *, mean, std, dtype
 
 class CifarLoader:
     """An image set that lies on the device as uint8 and is served in augmented batches.
-    One iteration is one epoch of (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images`
-    (uint8 NHWC) and `labels` may be replaced, as in `loader.images = loader.images[mask]`.
-    path: as for load_data. aug: {'flip': bool, 'translate': pixels, 'cutout': pixels}, default none.
-    augment: that function, or one with its results. drop_last, shuffle: default to `train`.
-    Raises UserError for a wrong batch_size or aug and as load_data does; its length and iteration raise UserError if short batches are dropped and the set does not fill one."""
+    One iteration is one epoch of (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images` (uint8 NHWC) and
+    `labels` may be replaced, as in `loader.images = loader.images[mask]`. path: as for load_data. aug: {'flip': bool,
+    'translate': pixels, 'cutout': pixels}, default none. drop_last, shuffle: default to `train`. augment: that
+    function, or one with its results. Raises UserError for a wrong batch_size or aug and as load_data does; its length
+    and iteration raise UserError if short batches are dropped and the set does not fill one."""
     def __init__(self, path, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None,
                  *, seed=0, device, dtype, augment=augment):
         data = load_data(path, train)
@@ -289,9 +286,8 @@ def init_whitening_conv(layer, images, eps):
 
 #### Optimizer #####################################################################################
 def make_optimizer(net, hyp, total_steps, fused=None):
-    """Nesterov SGD and its schedule, as (optimizer, scheduler). Learning rate, weight decay, momentum and batch
-    size can each be tuned alone: https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/
-    fused: torch.optim.SGD's, whether each group's update is a single kernel."""
+    """Nesterov SGD, `fused` as torch's, and its schedule: (optimizer, scheduler). Learning rate, weight decay, momentum
+    and batch size can each be tuned alone: https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/"""
     opt, schedule = hyp['opt'], hyp['opt']['schedule']
     # Dividing by the scale keeps the size of a step about the same for any momentum. (Under a constant
     # gradient, momentum enlarges steps by 1 / (1 - momentum); the published scale, kept here, adds 1.)
@@ -313,21 +309,10 @@ def make_optimizer(net, hyp, total_steps, fused=None):
 
 #### Lookahead #####################################################################################
 def lookahead(averages, weights, decay):
-    """Let averages keep the share `decay` of themselves and take the rest from weights; copy them back. Two
-    lists of tensors, changed in place."""
+    """Let averages keep the share `decay` of themselves and take the rest from weights; reset weights to them. Both are
+    lists of tensors. Section 3.4, after Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back" (2019)."""
     torch._foreach_lerp_(averages, weights, 1 - decay)
     torch._foreach_copy_(weights, averages)
-
-class LookaheadState:
-    """A moving average of a network's weights and running statistics, that the network is reset to
-    (section 3.4), after Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back" (2019)."""
-    def __init__(self, net, lookahead=lookahead):
-        self.weights = [v for v in net.state_dict().values() if v.is_floating_point()]
-        self.average = [w.clone() for w in self.weights]
-        self.lookahead = lookahead
-
-    def update(self, decay):
-        self.lookahead(self.average, self.weights, decay)
 
 #### Evaluation ####################################################################################
 def tta_views(inputs, tta_level):
@@ -371,42 +356,38 @@ def compute_loss(net, inputs, labels, label_smoothing):
     return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32)), outputs      # fp16 is too coarse
 
 def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=compute_loss):
-    """One step of SGD. Returns what compute_loss does."""
+    """One step of SGD. Returns what compute_loss does, detached."""
     loss, outputs = compute_loss(net, inputs, labels, label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
     return loss.detach().clone(), outputs.detach().clone()      # the next CUDA graph takes the originals' memory
 
-@dataclass(frozen=True)
-class Backend:
-    """The functions of a training that have a faster twin (see Fast path). By default it is plain torch."""
-    augment: Callable = augment
-    make_net: Callable = make_net
-    make_optimizer: Callable = make_optimizer
-    lookahead: Callable = lookahead
-    forward: Callable = forward
-    compute_loss: Callable = compute_loss
-
-def train(train_loader, test_loader, hyp=hyp, seed=0, on_epoch=lambda row: None, backend=Backend()):
-    """Train a new network; the result depends on the loaders, `hyp` and `seed` alone. Returns (net, record).
+def train(train_loader, test_loader, hyp=hyp, seed=0, on_epoch=lambda row: None, *, net=None, fused=None,
+          lookahead=lookahead, forward=forward, compute_loss=compute_loss):
+    """Train a network; the result depends on the loaders, `hyp` and `seed` alone. Returns (net, record).
     The training loader, whose batch size must be that of `hyp`, is rewound and gets `seed`. on_epoch gets each of
-    the record's epochs. record: {'seed', 'val_acc', 'tta_val_acc', 'seconds', 'epochs': [{'epoch', 'train_loss',
-    'train_acc', 'val_acc', 'seconds'}]}. Accuracies are in [0, 1]; train_loss (a mean) and train_acc are those of
-    an epoch's last batch. seconds run from the first access to the training images to the end of the epoch or the
-    test-set predictions (section 2), validation left out. If a loss is not finite the training ends with that
-    epoch, and record has 'failed': {'step', 'reason'}. Raises UserError if the set does not fill a batch."""
+    the record's epochs. net: one for the same `hyp`, which is overwritten (default: a new one). fused: as in torch's
+    SGD. The functions may be replaced by others with the same results (see Fast path). record: {'seed',
+    'val_acc', 'tta_val_acc', 'seconds', 'epochs': [{'epoch', 'train_loss', 'train_acc', 'val_acc', 'seconds'}]}.
+    Accuracies are in [0, 1]; train_loss (a mean) and train_acc are those of an epoch's last batch. seconds run from
+    the first access to the training images to the end of the epoch or the test-set predictions (section 2),
+    validation left out. If a loss is not finite the training ends with that epoch, and record has 'failed': {'step',
+    'reason'}. Raises UserError if the set does not fill a batch."""
     opt, device, step = hyp['opt'], train_loader.device, 0
     total_steps = math.ceil(len(train_loader) * opt['train_epochs'])
     train_loader.seed, train_loader.epoch = seed, 0
-    net = backend.make_net(hyp, len(train_loader.classes), seed=seed, device=device, dtype=train_loader.dtype)
-    optimizer, scheduler = backend.make_optimizer(net, hyp, total_steps)
+    fresh = make_net(hyp, len(train_loader.classes), seed=seed, device=device, dtype=train_loader.dtype)
+    net = fresh if net is None else net
+    net.load_state_dict(fresh.state_dict())
+    optimizer, scheduler = make_optimizer(net, hyp, total_steps, fused)
     record = {'seed': seed, 'val_acc': None, 'tta_val_acc': None, 'seconds': 0.0, 'epochs': []}
 
     start = clock(device)
     whiten_images = train_loader.normalize(train_loader.images[:hyp['net']['whiten_images']])
     init_whitening_conv(net[0], whiten_images, hyp['net']['whiten_eps'])
-    average = LookaheadState(net, backend.lookahead)
+    weights = [v for v in net.state_dict().values() if v.is_floating_point()]
+    averages = [weight.clone() for weight in weights]
     record['seconds'] += clock(device) - start
 
     for epoch in range(1, 1 + math.ceil(opt['train_epochs'])):
@@ -415,27 +396,29 @@ def train(train_loader, test_loader, hyp=hyp, seed=0, on_epoch=lambda row: None,
         net[0].bias.requires_grad = epoch <= opt['whiten_bias_epochs']
         losses, steps = [], min(len(train_loader), total_steps - step)
         for inputs, labels in progress(islice(train_loader, steps), f'epoch {epoch}', steps):
-            loss, outputs = train_step(net, optimizer, inputs, labels, opt['label_smoothing'], backend.compute_loss)
+            loss, outputs = train_step(net, optimizer, inputs, labels, opt['label_smoothing'], compute_loss)
             losses.append(loss)
             scheduler.step()
             step += 1
             if step % opt['lookahead']['every'] == 0:
-                average.update(opt['lookahead']['decay'] * (step / total_steps)**opt['lookahead']['power'])
+                decay = opt['lookahead']['decay'] * (step / total_steps)**opt['lookahead']['power']
+                lookahead(averages, weights, decay)
+        net[0].bias.requires_grad = True    # evaluation is compiled for one state
         if step == total_steps:
-            average.update(decay=1.0)   # the average is the result
+            lookahead(averages, weights, decay=1.0)     # the averages are the result
         record['seconds'] += clock(device) - start
         losses = torch.stack(losses).tolist()
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None:
             record['failed'] = {'step': step - steps + bad + 1, 'reason': f'the loss is {losses[bad]}'}
             return net, record
-        record['val_acc'] = evaluate(net, test_loader, forward=backend.forward)
+        record['val_acc'] = evaluate(net, test_loader, forward=forward)
         record['epochs'].append({
             'epoch': epoch, 'train_loss': losses[-1] / len(labels), 'train_acc': accuracy(outputs, labels),
             'val_acc': record['val_acc'], 'seconds': record['seconds']})
         on_epoch(record['epochs'][-1])
     start = clock(device)
-    record['tta_val_acc'] = evaluate(net, test_loader, hyp['net']['tta_level'], backend.forward)
+    record['tta_val_acc'] = evaluate(net, test_loader, hyp['net']['tta_level'], forward)
     record['seconds'] += clock(device) - start
     return net, record
 
@@ -452,56 +435,42 @@ def count_pflop(train_loader, test_loader, hyp):
     return 1e-15 * (steps * of_step.get_total_flops() + len(test_loader.images) * of_image)
 
 #### Fast path ###################################################################################
-def reuse_net(make_net):
-    """make_net, but all calls return the first one's network, with weights, statistics and all anew: what is compiled
-    for one network, and the memory that CUDA graphs know, serve every run."""
-    made = []
-    def remake_net(*args, **options):
-        fresh = make_net(*args, **options)
-        if not made:
-            made.append(fresh)
-        made[0].load_state_dict(fresh.state_dict())
-        return made[0]
-    return remake_net
-
-def compiled(device):
-    """A Backend that computes forward, loss and backward by torch.compile (section 3.7). It serves one network."""
+def compiled(hyp, num_classes, device, dtype):
+    """Arguments for `train`: a network, and functions whose forward, loss and backward torch.compile makes for it
+    (section 3.7). What was compiled, and the addresses in CUDA graphs, serve as long as the network is the same."""
     options = {'fullgraph': True, 'dynamic': False, 'mode': 'max-autotune' if device.type == 'cuda' else 'default'}
-    return Backend(make_net=reuse_net(make_net), make_optimizer=partial(make_optimizer, fused=True),
-                   forward=torch.compile(forward, **options), compute_loss=torch.compile(compute_loss, **options))
+    return {'net': make_net(hyp, num_classes, device=device, dtype=dtype), 'fused': True,
+            'forward': torch.compile(forward, **options), 'compute_loss': torch.compile(compute_loss, **options)}
 
-def compile_ahead(train_loader, test_loader, hyp, backend):
-    """Compile all that a run needs: steps that train the whitening bias and steps that do not, and the evaluation of
-    full and last batches after both. Returns the seconds it took. Raises UserError if torch cannot compile here."""
-    print('compiling: this takes a minute or more', flush=True)
-    start, device = clock(train_loader.device), train_loader.device
-    net = backend.make_net(hyp, len(train_loader.classes), device=device, dtype=train_loader.dtype)
-    optimizer, _ = backend.make_optimizer(net, hyp, total_steps=1)
-    batches = copy.copy(test_loader)
-    batches.images = batches.images[-batches.batch_size - len(batches.images) % batches.batch_size:]
+def tail(loader, n):
+    """A copy of `loader` with its last n images alone, or all."""
+    loader = copy.copy(loader)
+    loader.images, loader.labels = loader.images[-n:], loader.labels[-n:]
+    return loader
+
+def compile_ahead(train_loader, test_loader, hyp, faster):
+    """Compile all that a run needs, by a short one. Raises UserError if torch cannot compile here."""
+    print('compiling, which takes minutes\n', end='', flush=True)
+    start, size = time.perf_counter(), test_loader.batch_size
+    few = tail(train_loader, 3 * train_loader.batch_size), tail(test_loader, size + len(test_loader.labels) % size)
+    opt = hyp['opt'] | {'train_epochs': 2, 'whiten_bias_epochs': 1, 'lr': 0.01 * hyp['opt']['lr']}
     try:
-        for net[0].bias.requires_grad in (True, False):
-            net.train()
-            for inputs, labels in islice(train_loader, 3):      # of which CUDA graphs are recorded
-                train_step(net, optimizer, inputs, labels, hyp['opt']['label_smoothing'], backend.compute_loss)
-            infer(net, batches, hyp['net']['tta_level'], backend.forward)
+        train(*few, hyp | {'opt': opt}, **faster)
     except Exception as error:      # of many kinds, by what is missing
         raise UserError(f'--compile: {str(error).strip().splitlines()[0]}')
-    return clock(device) - start
+    print(f'compiled in {time.perf_counter() - start:.0f} s\n', end='', flush=True)
 
-def choose_backend(kernels, compile, device):
-    """The Backend for --kernels and --compile. Raises UserError for kernels that must be and cannot."""
-    backend = compiled(device) if compile else Backend()
-    if kernels == 'off' or kernels == 'auto' and device.type != 'cuda':
-        return backend
-    try:
-        from kernels import flip_crop, lookahead, obstacle      # the folder beside this script
-        problem = obstacle(device)
-    except ImportError as error:
-        problem = f'no folder kernels beside this script: {error}'
-    if problem and kernels == 'on':
-        raise UserError(f'--kernels on: {problem}')
-    return backend if problem else replace(backend, augment=flip_crop, lookahead=lookahead)
+def load_kernels(choice, device):
+    """(augment, lookahead) for --kernels. Raises UserError for kernels that must be and cannot."""
+    if choice == 'on' or choice == 'auto' and device.type == 'cuda':
+        try:
+            from kernels import flip_crop, lookahead as lookahead_kernel, require   # the folder beside this script
+            require(device)
+            return flip_crop, lookahead_kernel
+        except (ImportError, RuntimeError) as error:
+            if choice == 'on':
+                raise UserError(f'--kernels on: {error}')
+    return augment, lookahead
 
 #### Data sources ##################################################################################
 CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
@@ -734,7 +703,7 @@ def parse_args(argv):
     parser.add_argument('--seed', type=int, default=0, help='run i has the seed SEED + i (default: 0)')
     parser.add_argument('--log', default='logs', help='where this call makes a folder for its log (default: logs)')
     parser.add_argument('--resume', metavar='DIR', help='make the runs that the log in DIR lacks, or start it')
-    parser.add_argument('--kernels', choices=('auto', 'on', 'off'), default='auto', help='use kernels/ (auto: on a GPU)')
+    parser.add_argument('--kernels', choices=('auto', 'on', 'off'), default='auto', help='kernels/ (auto: on a GPU)')
     parser.add_argument('--compile', action='store_true', help='train by torch.compile: slow to start, then faster')
     parser.add_argument('overrides', nargs='*', metavar='KEY=VALUE')
     args = parser.parse_intermixed_args(argv)
@@ -758,16 +727,19 @@ def choose_data(args):
               f'{DIGITS}.\n*** For CIFAR-10, put it into the folder cifar10 or set CIFAR10_URL.\n', flush=True)
         return 'digits', override(settings, DIGITS)
 
-def make_loaders(data, hyp, device, dtype, augment):
-    """(training loader, test loader) of `data`. Raises UserError if their classes differ, and as CifarLoader does."""
-    train_loader = CifarLoader(data, True, hyp['opt']['batch_size'], hyp['aug'], device=device, dtype=dtype,
-                               augment=augment)
-    test_loader = CifarLoader(data, False, 2000, device=device, dtype=dtype)
+def prepare(args, data, hyp, device, dtype):
+    """(training loader, test loader, `train`'s arguments by which it is faster). Raises UserError if the sets' classes
+    differ, and as CifarLoader and load_kernels do."""
+    augment, lookahead = load_kernels(args.kernels, device)
+    options = {'device': device, 'dtype': dtype}
+    train_loader = CifarLoader(data, True, hyp['opt']['batch_size'], hyp['aug'], augment=augment, **options)
+    test_loader = CifarLoader(data, False, 2000, **options)
     if train_loader.classes != test_loader.classes:
         raise UserError(f'{data}: training and test set have different classes')
-    return train_loader, test_loader
+    faster = compiled(hyp, len(train_loader.classes), **options) if args.compile else {}
+    return train_loader, test_loader, faster | {'lookahead': lookahead}
 
-def describe(args, ranks, data, hyp, train_loader, test_loader, compile_seconds):
+def describe(args, ranks, data, hyp, train_loader, test_loader):
     """log.json before its runs."""
     script, device, sizes = Path(__file__), train_loader.device, (len(train_loader.labels), len(test_loader.labels))
     commit = subprocess.run('git describe --always --exclude=* --abbrev=40 --dirty', shell=True, cwd=script.parent,
@@ -780,7 +752,8 @@ def describe(args, ranks, data, hyp, train_loader, test_loader, compile_seconds)
                   f'{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads',
         'dtype': str(train_loader.dtype).removeprefix('torch.'),
         'versions': {'python': sys.version} | {m.__name__: str(m.__version__) for m in (torch, torchvision, np)},
-        'kernels': train_loader.augment is not augment, 'compile_seconds': compile_seconds,
+        'kernels': 'torch' if train_loader.augment is augment else 'Triton',
+        'mode': 'compiled' if args.compile else 'eager',
         'commit': commit or None, 'pflop': count_pflop(train_loader, test_loader, hyp),
         'ranks': ranks, 'wanted': 1 if device.type == 'cpu' else 25, 'resumed': [], 'runs': []}
 
@@ -795,7 +768,7 @@ def resume(folder, log):
     differ = [name for name in now if name.split('.')[0] in same and now[name] != then.get(name)]
     if differ:
         raise UserError(f"--resume {folder}: the log there has another {', '.join(differ)}")
-    this = {key: log[key] for key in ('argv', 'ranks', 'device', 'versions', 'kernels', 'compile_seconds', 'commit')}
+    this = {key: log[key] for key in ('argv', 'ranks', 'device', 'versions', 'kernels', 'mode', 'commit')}
     return old | {'resumed': [*old['resumed'], this]}
 
 def open_log(args, log):
@@ -812,22 +785,23 @@ def open_log(args, log):
     (folder / 'runs').mkdir(exist_ok=True)
     (folder / log['script']).write_text(log['source'])
     missing = sorted(set(range(log['wanted'])) - {int(path.stem) for path in folder.glob('runs/[0-9]*.json')})
-    print('{data[path]}: {data[train]} + {data[test]} images; {device}, {dtype}'.format(**log))
-    print('kernels in Triton' if log['kernels'] else 'kernels of torch', end='; ')
-    print(f"compiled in {log['compile_seconds']:.0f} s" if log['compile_seconds'] else 'not compiled')
+    print('{data[path]}: {data[train]} + {data[test]} images; '
+          '{device}, {dtype}, {mode}, kernels of {kernels}'.format(**log))
     print(f'{len(missing)} of {log["wanted"]} runs to make; log in {folder}')
     print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True)
     return folder, log, missing
 
-def train_runs(runs, folder, log, train_loader, test_loader, backend, verbose):
+def train_runs(runs, folder, log, train_loader, test_loader, faster, verbose):
     """Train `runs`, a list of numbers, and write their records into `folder`. verbose: print each epoch's row."""
     show = lambda run: lambda row: print_row({'run': run} | row) if verbose else None
+    if log['mode'] == 'compiled' and runs:
+        compile_ahead(train_loader, test_loader, log['hyp'], faster)
     if train_loader.device.type != 'cpu' and runs:
         warm_loader = copy.copy(train_loader)   # the warm-up learns random labels
         warm_loader.labels = torch.randint_like(train_loader.labels, len(train_loader.classes))
-        train(warm_loader, test_loader, log['hyp'], on_epoch=show('warm'), backend=backend)
+        train(warm_loader, test_loader, log['hyp'], on_epoch=show('warm'), **faster)
     for run in runs:
-        _, record = train(train_loader, test_loader, log['hyp'], log['seed'] + run, show(run), backend)
+        _, record = train(train_loader, test_loader, log['hyp'], log['seed'] + run, show(run), **faster)
         write_json(folder / 'runs' / f'{run:05}.json', record)
         print_row({'run': run, 'epoch': 'eval'} | record, rule_below=True)
         if 'failed' in record:
@@ -851,16 +825,14 @@ def main(argv=None):
     if rank == 0 and ranks > 1:
         print(f'rank 0 of {ranks} prepares data and log; the others wait', flush=True)
     data, settings = agree(rank, ranks, lambda: rank > 0 or choose_data(args))[0]
-    loaders, backends = [], []      # filled, and not returned: what is returned is sent to all ranks
-    agree(rank, ranks, lambda: backends.append(choose_backend(args.kernels, args.compile, device)))
-    agree(rank, ranks, lambda: loaders.extend(make_loaders(data, settings, device, dtype, backends[0].augment)))
-    seconds = agree(rank, ranks, lambda: compile_ahead(*loaders, settings, *backends) if args.compile else None)[rank]
-    start = lambda: rank > 0 or open_log(args, describe(args, ranks, data, settings, *loaders, seconds))
+    prepared = []   # filled, and not returned: what is returned is sent to all ranks
+    agree(rank, ranks, lambda: prepared.extend(prepare(args, data, settings, device, dtype)))
+    start = lambda: rank > 0 or open_log(args, describe(args, ranks, data, settings, *prepared[:2]))
     folder, log, missing = agree(rank, ranks, start)[0]
     if rank == 0:
         signal.signal(signal.SIGTERM, signal.default_int_handler)   # a scheduler's or torchrun's Ctrl-C
     try:
-        train_runs(missing[rank::ranks], folder, log, *loaders, *backends, verbose=rank == 0)
+        train_runs(missing[rank::ranks], folder, log, *prepared, verbose=rank == 0)
         everyone = dist.barrier(async_op=True) if ranks > 1 else None
         while everyone and not everyone.is_completed():     # a wait that Ctrl-C can end
             time.sleep(0.1)

@@ -5,7 +5,7 @@ import torch
 
 import airbench95
 import airbench96
-from airbench94 import LookaheadState, hyp, infer, make_net, make_optimizer, train, train_step
+from airbench94 import hyp, infer, lookahead, make_net, make_optimizer, train, train_step
 
 
 def meta_step(loader, hyp=hyp):
@@ -13,10 +13,11 @@ def meta_step(loader, hyp=hyp):
     inputs, labels = next(iter(loader))
     net = make_net(hyp, device='meta', dtype=torch.float16)
     optimizer, scheduler = make_optimizer(net, hyp, total_steps=10)
-    lookahead = LookaheadState(net)
+    weights = [v for v in net.state_dict().values() if v.is_floating_point()]
+    averages = [v.clone() for v in weights]
     loss, outputs = train_step(net, optimizer, inputs, labels, hyp['opt']['label_smoothing'])
     scheduler.step()
-    lookahead.update(decay=0.5)
+    lookahead(averages, weights, decay=0.5)
     return net, inputs, loss, outputs
 
 
@@ -62,14 +63,15 @@ def test_no_step_waits_for_cuda(loaders):
     batches = iter(loaders(device='cuda', dtype=torch.float16)[0])
     net = make_net(hyp, device='cuda', dtype=torch.float16)
     optimizer, scheduler = make_optimizer(net, hyp, total_steps=10)
-    lookahead = LookaheadState(net)
+    weights = [v for v in net.state_dict().values() if v.is_floating_point()]
+    averages = [v.clone() for v in weights]
     next(batches)       # the epoch's draws are copied to the device before its first step
     try:
         torch.cuda.set_sync_debug_mode('error')
         for inputs, labels in batches:
             train_step(net, optimizer, inputs, labels, hyp['opt']['label_smoothing'])
             scheduler.step()
-            lookahead.update(decay=0.5)
+            lookahead(averages, weights, decay=0.5)
     finally:
         torch.cuda.set_sync_debug_mode('default')
 

@@ -9,7 +9,7 @@ import torch
 import airbench94
 import airbench95
 import airbench96
-from airbench94 import ConvGroup, LookaheadState, count_pflop, evaluate, infer, init_whitening_conv, make_net, train, tta_views
+from airbench94 import ConvGroup, count_pflop, evaluate, infer, init_whitening_conv, lookahead, make_net, train, tta_views
 from conftest import ROOT
 
 
@@ -80,21 +80,30 @@ def test_infer_is_the_weighted_mean_over_batches(loaders, narrow):
     assert evaluate(net, loader) == (infer(net, loader).argmax(1) == loader.labels).double().mean().item()
 
 
-def test_lookahead_averages_weights_and_running_statistics(narrow):
-    net = make_net(narrow, device='cpu', dtype=torch.float32)
-    before = {key: v.clone() for key, v in net.state_dict().items()}
-    lookahead = LookaheadState(net)
-    with torch.no_grad():
-        for v in net.state_dict().values():
-            v.add_(1)
-    lookahead.update(decay=0.75)
-    with torch.no_grad():       # the average and the network are both at 0.25 now
-        for v in net.state_dict().values():
-            v.add_(1)
-    lookahead.update(decay=0.75)
-    for key, v in net.state_dict().items():
-        moved = 0.5 if v.is_floating_point() else 2         # num_batches_tracked is not averaged
-        torch.testing.assert_close(v, before[key] + moved, rtol=0, atol=1e-6, check_dtype=False)
+def test_lookahead_moves_averages_and_resets_weights_to_them():
+    weights = [torch.ones(2, 3), torch.full((4,), 3.0, dtype=torch.float64)]
+    averages = [torch.zeros_like(w) for w in weights]
+    lookahead(averages, weights, decay=0.75)
+    assert averages[0].eq(0.25).all() and averages[1].eq(0.75).all()
+    assert all(torch.equal(a, w) for a, w in zip(averages, weights))
+    weights[0].add_(1)
+    lookahead(averages, weights, decay=1.0)
+    assert weights[0].eq(0.25).all()
+
+
+def test_training_averages_weights_and_running_statistics(loaders, narrow):
+    calls = []
+
+    def recording_lookahead(averages, weights, decay):
+        calls.append((decay, [id(w) for w in weights], len(averages)))
+        lookahead(averages, weights, decay)
+
+    narrow['opt']['train_epochs'] = 2.5     # of 6 steps
+    net, _ = train(*loaders(), narrow, lookahead=recording_lookahead)
+    averaged = [name for name, v in net.state_dict().items() if v.is_floating_point()]
+    assert 'num_batches_tracked' not in ' '.join(averaged) and '3.layers.0.norm.running_var' in averaged
+    assert [decay for decay, *_ in calls] == pytest.approx([0.95**5 * (step / 15)**3 for step in (5, 10, 15)] + [1.0])
+    assert {(n, len(ids)) for _, ids, n in calls} == {(len(averaged), len(averaged))}
 
 
 def test_training_learns_is_recorded_and_repeats_to_the_last_bit(loaders, narrow):
@@ -130,8 +139,7 @@ def test_the_whitening_bias_is_frozen_after_its_epochs(loaders, narrow):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(airbench94, 'train_step', spying_step)
-        patch.setattr(LookaheadState, 'update', lambda self, decay: None)
-        train(train_loader, test_loader, narrow)
+        train(train_loader, test_loader, narrow, lookahead=lambda averages, weights, decay: None)
     steps = len(train_loader)
     assert not torch.equal(seen[0], seen[steps - 1])
     assert all(torch.equal(bias, seen[steps - 1]) for bias in seen[steps:])

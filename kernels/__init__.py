@@ -1,0 +1,25 @@
+"""Triton kernels that give the results of the scripts' torch functions with fewer launches and bytes.
+
+    from kernels import flip_crop, lookahead, mean, require, running_mean
+
+Importing them needs neither a GPU nor Triton; running them needs both, or Triton's interpreter (TRITON_INTERPRET=1).
+Each of the two files stands alone: it can be copied into another project.
+"""
+
+import os
+
+import torch
+
+from kernels.flip_crop import flip_crop, triton
+from kernels.weight_average import lookahead, mean, running_mean
+
+
+def require(device):
+    """Raise RuntimeError, which says why, if the kernels cannot run on `device`, a torch.device."""
+    interpreted = os.environ.get('TRITON_INTERPRET') == '1'
+    if triton is None:
+        raise RuntimeError('Triton is not installed')
+    if device.type != 'cuda' and not interpreted:
+        raise RuntimeError("they need a GPU, or Triton's interpreter, which is slow: TRITON_INTERPRET=1")
+    if device.type == 'cuda' and torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+        raise RuntimeError(f'Triton needs compute capability 8.0; {torch.cuda.get_device_name(device)} has less')

@@ -1,0 +1,193 @@
+"""Averages of whole networks' weights in one launch, for any number of tensors and mix of precisions.
+
+    lookahead(averages, weights, decay)     # averages <- lerp(averages, weights, 1 - decay); weights <- averages
+    mean(averages, networks)                # averages <- the mean of the networks (SWAP, phase 3)
+    running_mean(averages, weights, n)      # averages += (weights - averages) / (n + 1) (SWA), after n others
+    python kernels/weight_average.py        # the benchmark: on a GPU if there is one
+
+PLACEHOLDER
+"""
+from __future__ import annotations
+
+import statistics
+import time
+from functools import lru_cache, partial
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:     # then the torch path is all there is
+    triton = None
+
+jit = triton.jit if triton else lambda function: function
+KINDS = (torch.float32, torch.float16, torch.bfloat16)      # as the kernels number them
+BLOCK, WARPS = 4096, 8     # elements and warps of a program
+
+
+def lookahead_ref(averages, weights, decay):
+    """lookahead in plain torch."""
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+    torch._foreach_copy_(weights, averages)
+
+
+def mean_ref(averages, networks):
+    """mean in plain torch."""
+    total = [v.float() for v in networks[0]]
+    for n, weights in enumerate(networks[1:], start=1):
+        torch._foreach_lerp_(total, [v.float() for v in weights], 1 / (n + 1))
+    torch._foreach_copy_(averages, total)
+
+
+def running_mean_ref(averages, weights, n):
+    """running_mean in plain torch."""
+    torch._foreach_lerp_(averages, weights, 1 / (n + 1))
+
+
+@jit
+def _lerp(start, end, share):
+    """torch.lerp's formula, which gives both ends exactly."""
+    return tl.where(share < 0.5, start + share * (end - start), end - (end - start) * (1 - share))
+
+
+@jit
+def _load(address, place, mask, kind: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(kind))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return tl.load(pointer + place, mask=mask).to(tl.float32)
+
+
+@jit
+def _store(address, place, mask, value, kind: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(kind))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    tl.store(pointer + place, value.to(kind), mask=mask)
+
+
+@jit
+def _lerp_block(row, count, share, kind: tl.constexpr, COPY_BACK: tl.constexpr, ALIGNED: tl.constexpr,
+                BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    mask = place < count
+    average, weight = tl.load(row), tl.load(row + 1)
+    value = _lerp(_load(average, place, mask, kind, ALIGNED), _load(weight, place, mask, kind, ALIGNED), share)
+    _store(average, place, mask, value, kind, ALIGNED)
+    if COPY_BACK:
+        _store(weight, place, mask, value, kind, ALIGNED)
+
+
+@jit
+def _lerp_kernel(table, share, COPY_BACK: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    row = table + tl.program_id(0) * 4
+    count, kind = tl.load(row + 2), tl.load(row + 3)
+    if ALIGNED:
+        count = tl.multiple_of(count, 8)
+    if kind == 0:
+        _lerp_block(row, count, share, tl.float32, COPY_BACK, ALIGNED, BLOCK)
+    elif kind == 1:
+        _lerp_block(row, count, share, tl.float16, COPY_BACK, ALIGNED, BLOCK)
+    else:
+        _lerp_block(row, count, share, tl.bfloat16, COPY_BACK, ALIGNED, BLOCK)
+
+
+@jit
+def _mean_block(row, networks, count, kind: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    mask = place < count
+    value = _load(tl.load(row + 1), place, mask, kind, ALIGNED)
+    for n in range(1, networks):
+        value = _lerp(value, _load(tl.load(row + 1 + n), place, mask, kind, ALIGNED), 1.0 / (n + 1))
+    _store(tl.load(row), place, mask, value, kind, ALIGNED)
+
+
+@jit
+def _mean_kernel(table, networks, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    row = table + tl.program_id(0) * (networks + 3)
+    count, kind = tl.load(row + networks + 1), tl.load(row + networks + 2)
+    if ALIGNED:
+        count = tl.multiple_of(count, 8)
+    if kind == 0:
+        _mean_block(row, networks, count, tl.float32, ALIGNED, BLOCK)
+    elif kind == 1:
+        _mean_block(row, networks, count, tl.float16, ALIGNED, BLOCK)
+    else:
+        _mean_block(row, networks, count, tl.bfloat16, ALIGNED, BLOCK)
+
+
+def check(averages, weights):
+    """Raise ValueError, which names the tensor, unless the lists match: shapes, dtypes, device, dense equal layouts."""
+    if len(averages) != len(weights):
+        raise ValueError(f'lists of {len(averages)} and {len(weights)} tensors')
+    for i, (average, weight) in enumerate(zip(averages, weights)):
+        if average.shape != weight.shape:
+            raise ValueError(f'tensor {i}: shapes {tuple(average.shape)} and {tuple(weight.shape)} differ')
+        if average.dtype != weight.dtype or average.dtype not in KINDS:
+            raise ValueError(f'tensor {i}: {average.dtype} and {weight.dtype}; must be one of float32, float16, bfloat16')
+        if not average.device == weight.device == averages[0].device:
+            raise ValueError(f'tensor {i}: on {average.device} and {weight.device}, tensor 0 on {averages[0].device}')
+        if not any(average.is_contiguous(memory_format=layout) and weight.is_contiguous(memory_format=layout)
+                   for layout in (torch.contiguous_format, torch.channels_last)):
+            raise ValueError(f'tensor {i}: both must be contiguous, or both channels_last')
+
+
+@lru_cache(maxsize=16)
+def make_table(rows, device):
+    """int64 (blocks, columns) on the device. rows: of each tensor, its addresses in all lists, elements and kind. A row
+    of the result is a block of BLOCK elements or less: the addresses of its first ones, how many they are, and kind."""
+    table = [[*(address + first * KINDS[kind].itemsize for address in addresses), min(BLOCK, count - first), kind]
+             for *addresses, count, kind in rows for first in range(0, count, BLOCK)]
+    return torch.tensor(table).to(device, non_blocking=True)
+
+
+def launch(kernel, lists, *args, **constants):
+    """Run the kernel on every block of lists of tensors, which have been checked; the first list is written to."""
+    rows = tuple((*(v.data_ptr() for v in tensors), tensors[0].numel(), KINDS.index(tensors[0].dtype))
+                 for tensors in zip(*lists))
+    aligned = all(address % 16 == 0 and count % 8 == 0 for *addresses, count, _ in rows for address in addresses)
+    device = lists[0][0].device
+    table = make_table(rows, device)
+    if len(table):
+        with torch.cuda.device_of(lists[0][0]):     # Triton launches on the current device
+            kernel[(len(table),)](table, *args, **constants, ALIGNED=aligned, BLOCK=BLOCK, num_warps=WARPS)
+
+
+@torch.library.custom_op('airbench::lerp', mutates_args=('averages', 'weights'))
+def _lerp_lists(averages: list[torch.Tensor], weights: list[torch.Tensor], share: float, copy_back: bool) -> None:
+    launch(_lerp_kernel, [averages, weights], share, COPY_BACK=copy_back)
+
+
+@torch.library.custom_op('airbench::mean', mutates_args=('averages',))
+def _mean_lists(averages: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
+    size = len(averages)
+    networks = [weights[i:i + size] for i in range(0, len(weights), size)]
+    launch(_mean_kernel, [averages, *networks], len(networks))
+
+
+def lookahead(averages, weights, decay):
+    """Let averages keep the share `decay` of themselves and take the rest from weights; copy them back. Two lists of
+    tensors, float32, float16 and bfloat16 mixed, changed in place. Raises ValueError, which names the tensor, if they
+    do not match in shape, dtype, device and memory layout (contiguous, or channels_last)."""
+    check(averages, weights)
+    if averages:
+        _lerp_lists(averages, weights, 1 - decay, True)
+
+
+def running_mean(averages, weights, n):
+    """Turn averages, the mean of n networks, into the mean of them and weights. Lists and errors as for lookahead."""
+    check(averages, weights)
+    if averages:
+        _lerp_lists(averages, weights, 1 / (n + 1), False)
+
+
+def mean(averages, networks):
+    """Overwrite averages with the mean of the networks, a list of lists, summed in float32. Errors as for lookahead,
+    and ValueError if there is no network."""
+    if not networks:
+        raise ValueError('there is no network to average')
+    for weights in networks:
+        check(averages, weights)
+    if averages:
+        _mean_lists(averages, [v for weights in networks for v in weights])
