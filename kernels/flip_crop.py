@@ -39,12 +39,12 @@ def reflect(position, size):
 
 def flip_crop_ref(images, index, flip, shift, corner=None, size=0, *, mean, std, dtype):
     """flip_crop in plain torch."""
-    height, width = images.shape[1:3]
+    height, width, channels = images.shape[1:]
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
     pixels = (index[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
-    values = images.view(-1, images.shape[3]).index_select(0, pixels.flatten()).view(*pixels.shape, -1).float()
+    values = images.view(-1, channels).index_select(0, pixels.flatten()).view(*pixels.shape, channels).float()
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device) for v in (mean, std))
     values.sub_(255 * mean).mul_(1 / (255 * std))
     if size:

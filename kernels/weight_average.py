@@ -34,7 +34,7 @@ def lookahead_ref(averages, weights, decay):
 
 def mean_ref(averages, networks):
     """mean in plain torch."""
-    total = [v.float() for v in networks[0]]
+    total = [v.to(torch.float32, copy=True) for v in networks[0]]
     for n, weights in enumerate(networks[1:], start=1):
         torch._foreach_lerp_(total, [v.float() for v in weights], 1 / (n + 1))
     torch._foreach_copy_(averages, total)
@@ -191,3 +191,77 @@ def mean(averages, networks):
         check(averages, weights)
     if averages:
         _mean_lists(averages, [v for weights in networks for v in weights])
+
+
+#### Benchmark #####################################################################################
+ROUNDS = 50
+
+
+def airbench94_tensors(device):
+    """Tensors of the shapes and dtypes of airbench94's weights and running statistics, in half precision."""
+    halves = [(24, 3, 2, 2), (24,), (10, 256)]
+    singles = []
+    for inputs, width in ((24, 64), (64, 256), (256, 256)):
+        halves += [(width, inputs, 3, 3), (width, width, 3, 3)]
+        singles += [(width,)] * 8       # scale, bias, mean and variance of two BatchNorms
+    options = [(halves, torch.float16), (singles, torch.float32)]
+    return [torch.randn(shape, device=device).to(dtype) for shapes, dtype in options for shape in shapes]
+
+
+def lookahead_loop(averages, weights, decay):
+    """The published method: a tensor after another."""
+    for average, weight in zip(averages, weights):
+        average.lerp_(weight, 1 - decay)
+        weight.copy_(average)
+
+
+def mean_loop(averages, networks):
+    """The usual method: a tensor after another."""
+    for average, *weights in zip(averages, *networks):
+        average.copy_(torch.stack(weights).mean(0))
+
+
+def seconds(function, device):
+    """That a call of `function` takes."""
+    start = time.perf_counter()
+    function()
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def benchmark(title, methods, moved, device):
+    """Print a table of the methods' times, in turns, and beside them a copy of as many bytes as must be moved."""
+    source, target = torch.ones(2, moved // 2, dtype=torch.uint8, device=device)
+    methods = methods | {'copy': partial(target.copy_, source)}
+    times = {name: [] for name in methods}
+    for _ in range(1 + ROUNDS):     # the first one compiles and is not counted
+        for name, method in methods.items():
+            times[name].append(seconds(method, device))
+    times = {name: later for name, (_, *later) in times.items()}
+    copy = statistics.median(times['copy'])
+    print(f'{title:16} {"median":>8} {"20%":>8} {"80%":>8} {"GB/s":>8} {"of copy":>8}')
+    for name, all_times in times.items():
+        low, _, _, high = statistics.quantiles(all_times, n=5)
+        median = statistics.median(all_times)
+        print(f'{name:16} {1e6 * median:8.0f} {1e6 * low:8.0f} {1e6 * high:8.0f} {moved / median / 1e9:8.1f} {copy / median:8.1%}')
+
+
+def main():
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    networks = [airbench94_tensors(device) for _ in range(8)]
+    averages, weights = [v.clone() for v in networks[0]], networks[0]
+    size = sum(v.numel() * v.element_size() for v in weights)
+    print(f'{len(weights)} tensors, {size / 1e6:.1f} MB, torch {torch.__version__}, microseconds on',
+          torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads')
+    for title, moved, functions, args in (
+            ('lookahead', 4 * size, (lookahead_loop, lookahead_ref, lookahead), (averages, weights, 0.5)),
+            ('mean of 8', 9 * size, (mean_loop, mean_ref, mean), (averages, networks))):
+        methods = dict(zip(('loop', 'torch path', 'kernel'), (partial(function, *args) for function in functions)))
+        if device.type == 'cpu':
+            del methods['kernel']
+        benchmark(title, methods, moved, device)
+
+
+if __name__ == '__main__':
+    main()

@@ -14,6 +14,9 @@ os.environ['no_proxy'] = os.environ['NO_PROXY'] = '127.0.0.1'      # the tests' 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+if not torch.cuda.is_available():       # then Triton's interpreter runs the kernels, on the CPU
+    os.environ['TRITON_INTERPRET'] = '1'
+
 import airbench94
 
 torch.set_num_threads(1)    # the tests' networks are so small that a second thread would only wait
