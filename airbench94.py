@@ -469,7 +469,7 @@ def load_kernels(choice, device):
             return flip_crop, lookahead_kernel
         except (ImportError, RuntimeError) as error:
             if choice == 'on':
-                raise UserError(f'--kernels on: {error}')
+                raise UserError(f'--kernels on needs the folder kernels beside this script, Triton and a GPU: {error}')
     return augment, lookahead
 
 #### Data sources ##################################################################################

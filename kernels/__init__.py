@@ -20,6 +20,6 @@ def require(device):
     if triton is None:
         raise RuntimeError('Triton is not installed')
     if device.type != 'cuda' and not interpreted:
-        raise RuntimeError("they need a GPU, or Triton's interpreter, which is slow: TRITON_INTERPRET=1")
+        raise RuntimeError(f"there is none in {device}; TRITON_INTERPRET=1 would interpret them, slowly")
     if device.type == 'cuda' and torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
         raise RuntimeError(f'Triton needs compute capability 8.0; {torch.cuda.get_device_name(device)} has less')

@@ -5,7 +5,17 @@
     running_mean(averages, weights, n)      # averages += (weights - averages) / (n + 1) (SWA), after n others
     python kernels/weight_average.py        # the benchmark: on a GPU if there is one
 
-PLACEHOLDER
+Why: airbench94's weights and running statistics are 33 tensors of 4 MB in all. Averaging them one by one, as the
+published Lookahead does, is 66 launches of microseconds each. Here it is one: it reads averages and weights and writes
+both, 16 MB. SWAP's mean of W networks reads W networks and writes one; torch.stack and mean write W networks more.
+
+How: a table on the device, made once for the same tensors, has a row for each block of 4,096 elements: the block's
+addresses in all lists, its length, and its precision. A program takes a row, computes in float32, and rounds once.
+Where all addresses are multiples of 16 bytes and all lengths of 8, loads and stores are 16 bytes wide; else they are
+narrow, and right. Compiled for an A100 (see tests/machine_code.py): 32 registers (mean: 40), 416 instructions a thread
+for 16 elements, of which a block's precision takes a third; no spills.
+
+A bound, not a measurement: airbench94's 16 MB take 11 microseconds at 1.5 TB/s. No GPU has run this yet.
 """
 from __future__ import annotations
 
@@ -125,7 +135,7 @@ def check(averages, weights):
         if average.shape != weight.shape:
             raise ValueError(f'tensor {i}: shapes {tuple(average.shape)} and {tuple(weight.shape)} differ')
         if average.dtype != weight.dtype or average.dtype not in KINDS:
-            raise ValueError(f'tensor {i}: {average.dtype} and {weight.dtype}; must be one of float32, float16, bfloat16')
+            raise ValueError(f'tensor {i}: {average.dtype} and {weight.dtype}; must be equal, and one of {KINDS}')
         if not average.device == weight.device == averages[0].device:
             raise ValueError(f'tensor {i}: on {average.device} and {weight.device}, tensor 0 on {averages[0].device}')
         if not any(average.is_contiguous(memory_format=layout) and weight.is_contiguous(memory_format=layout)
@@ -244,7 +254,8 @@ def benchmark(title, methods, moved, device):
     for name, all_times in times.items():
         low, _, _, high = statistics.quantiles(all_times, n=5)
         median = statistics.median(all_times)
-        print(f'{name:16} {1e6 * median:8.0f} {1e6 * low:8.0f} {1e6 * high:8.0f} {moved / median / 1e9:8.1f} {copy / median:8.1%}')
+        print(f'{name:16} {1e6 * median:8.0f} {1e6 * low:8.0f} {1e6 * high:8.0f} {moved / median / 1e9:8.1f} '
+              f'{copy / median:8.1%}')
 
 
 def main():

@@ -14,9 +14,6 @@ os.environ['no_proxy'] = os.environ['NO_PROXY'] = '127.0.0.1'      # the tests' 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-if not torch.cuda.is_available():       # then Triton's interpreter runs the kernels, on the CPU
-    os.environ['TRITON_INTERPRET'] = '1'
-
 import airbench94
 
 torch.set_num_threads(1)    # the tests' networks are so small that a second thread would only wait
@@ -24,6 +21,8 @@ NARROW = ['net.widths.block1=8', 'net.widths.block2=16', 'net.widths.block3=16',
 TINY = ['--device', 'cpu', *NARROW, 'opt.train_epochs=1']
 OFFLINE = os.environ | {'CIFAR10_URL': 'http://127.0.0.1:9/cifar-10-python.tar.gz'}     # where nobody listens
 ONE_THREAD = OFFLINE | {'OMP_NUM_THREADS': '1'}
+if not torch.cuda.is_available():       # then Triton's interpreter runs the kernels of this process, on the CPU
+    os.environ['TRITON_INTERPRET'] = '1'
 
 
 def made_up_split(n, seed=0, classes=airbench94.CIFAR_CLASSES):

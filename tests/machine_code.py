@@ -2,8 +2,9 @@
 
     python tests/machine_code.py
 
-For NVIDIA's 8.0 (A100) and 9.0 (H100), disassembled by the tools in the triton package, and for AMD's gfx942 (MI300). Instructions
-are those of the program's text; flip_crop's loop is executed four times for a 32 x 32 image.
+For NVIDIA's 8.0 (A100) and 9.0 (H100), disassembled by the tools in the triton package, and for AMD's gfx942 (MI300).
+Instructions are those of the program's text, and of the longest loop in it (not counted for AMD); flip_crop's is
+executed four times for a 32 x 32 image.
 """
 
 import os
@@ -22,7 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGETS = {'sm_80': GPUTarget('cuda', 80, 32), 'sm_90': GPUTarget('cuda', 90, 32), 'gfx942': GPUTarget('hip', 'gfx942', 64)}
+TARGETS = {'sm_80': GPUTarget('cuda', 80, 32), 'sm_90': GPUTarget('cuda', 90, 32),
+           'gfx942': GPUTarget('hip', 'gfx942', 64)}
 TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 COLUMNS = ('kernel', 'target', 'registers', 'spilled', 'instructions', 'loop', 'loads', 'stores')
 
@@ -53,18 +55,25 @@ def compiled(kernel, types, constants, options, target):
     return triton.compile(source, target=target, options=options)
 
 
+def disassemble(cubin):
+    """(text of the machine code, {'REG': registers, 'STACK': bytes, 'LOCAL': bytes}) of an NVIDIA binary."""
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        Path(file.name).write_bytes(cubin)
+        text, usage = (subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+                       for tool, option in (('nvdisasm', '-c'), ('cuobjdump', '-res-usage')))
+    return text, {key: int(value) for key, value in re.findall(r'(REG|STACK|LOCAL):(\d+)', usage)}
+
+
 def sass_report(cubin):
     """COLUMNS from 'registers' on of an NVIDIA binary; stores and loads are counted by their bytes a thread."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, 'kernel.cubin')
-        file.write_bytes(cubin)
-        call = lambda tool, option: subprocess.run([TOOLS / tool, option, file], capture_output=True, text=True, check=True).stdout
-        text, usage = call('nvdisasm', '-c'), call('cuobjdump', '-res-usage')
-    code = re.findall(r'/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)(.*)', text)
-    used = {key: int(value) for key, value in re.findall(r'(REG|STACK|LOCAL):(\d+)', usage)}
-    widths = lambda kind: Counter(int((re.search(r'\.(\d+)$', op) or [0, 32])[1]) // 8 if not re.search(r'\.[US]8', op) else 1
-                                  for _, op, _ in code if op.startswith(kind))
-    spilled = used['STACK'] + used['LOCAL'] + sum(op.startswith(('LDL', 'STL')) for _, op, _ in code)
+    text, used = disassemble(cubin)
+    code = re.findall(r'/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)', text)
+
+    def widths(kind):
+        suffixes = [re.search(r'\.[US]?(8|16|64|128)$', name) for name in code if name.startswith(kind)]
+        return Counter(int(suffix[1]) // 8 if suffix else 4 for suffix in suffixes)
+
+    spilled = used['STACK'] + used['LOCAL'] + sum(name.startswith(('LDL', 'STL')) for name in code)
     return used['REG'], spilled, len(code), loop_length(text), widths('LDG'), widths('STG')
 
 
@@ -85,8 +94,11 @@ def loop_length(text):
 def amd_report(text):
     """The same of AMD's assembly."""
     number = lambda key: int(re.search(rf'\.{key}:\s+(\d+)', text)[1])
-    sizes = {'byte': 1, 'ubyte': 1, 'sbyte': 1, 'short': 2, 'ushort': 2, 'dword': 4, 'dwordx2': 8, 'dwordx3': 12, 'dwordx4': 16}
-    widths = lambda kind: Counter(sizes.get(size, 0) for size in re.findall(rf'\b(?:buffer|global|flat)_{kind}_(\w+)', text))
+    sizes = {'byte': 1, 'ubyte': 1, 'short': 2, 'ushort': 2, 'dword': 4, 'dwordx2': 8, 'dwordx3': 12, 'dwordx4': 16}
+
+    def widths(kind):
+        return Counter(sizes[size] for size in re.findall(rf'\b(?:buffer|global|flat)_{kind}_(\w+)', text))
+
     spilled = number('private_segment_fixed_size') + number('vgpr_spill_count') + number('sgpr_spill_count')
     code = re.findall(r'^\t[a-z]\w+', text, re.MULTILINE)
     return number('vgpr_count'), spilled, len(code), 0, widths('load'), widths('store')
@@ -102,11 +114,12 @@ def report():
 
 
 def main():
-    print('loads and stores: bytes a thread x how many\n' + '{:21} {:7} {:>9} {:>7} {:>12} {:>5}  {:22} {}'.format(*COLUMNS))
+    form = '{:21} {:7} {:>9} {:>7} {:>12} {:>5}  {:22} {}'
+    print('loads and stores: bytes a thread x how many\n' + form.format(*COLUMNS))
     for row in report():
         for key in ('loads', 'stores'):
             row[key] = ', '.join(f'{width} x {n}' for width, n in sorted(row[key].items()))
-        print('{kernel:21} {target:7} {registers:9} {spilled:7} {instructions:12} {loop:5}  {loads:22} {stores}'.format(**row))
+        print(form.format(*row.values()))
 
 
 if __name__ == '__main__':

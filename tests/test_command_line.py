@@ -40,8 +40,8 @@ def test_a_call_prints_and_logs_all_that_is_promised(tmp_path, folder):
     done = run_script('--data', 'set', '--runs', 3, '--seed', 5, '--log', 'kept', *TINY, cwd=tmp_path, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     path, log = only_log(tmp_path / 'kept')
-    assert list(log) == ['script', 'argv', 'source', 'hyp', 'seed', 'data', 'device', 'dtype', 'versions', 'commit',
-                         'pflop', 'ranks', 'wanted', 'resumed', 'runs', 'summary']
+    assert list(log) == ['script', 'argv', 'source', 'hyp', 'seed', 'data', 'device', 'dtype', 'versions', 'kernels',
+                         'mode', 'commit', 'pflop', 'ranks', 'wanted', 'resumed', 'runs', 'summary']
     assert (log['seed'], log['wanted'], log['ranks'], log['resumed']) == (5, 3, 1, [])
     assert log['script'] == 'airbench94.py' and log['argv'][1:4] == ['--data', 'set', '--runs']
     assert log['source'] == (ROOT / 'airbench94.py').read_text() == (path / 'airbench94.py').read_text()
@@ -89,8 +89,9 @@ def test_each_script_runs_alone_in_another_folder(target, tmp_path, folder):
     path, log = only_log(tmp_path / 'logs')
     assert log['data']['path'] == 'cifar10' and log['script'] == f'{name}.py' and name in path.name
     assert log['summary']['target'] == target / 100 and f'target 0.{target}:' in done.stdout
-    mistake = run_script('--runs', '0', cwd=tmp_path, script=tmp_path / f'{name}.py')
-    assert mistake.stderr.startswith(f'{name}.py: --runs must be')
+    for mistake, complaint in ((['--runs', '0'], '--runs must be'), (['--kernels', 'on'], "--kernels on needs the folder kernels")):
+        done = run_script(*mistake, cwd=tmp_path, script=tmp_path / f'{name}.py')
+        assert done.returncode == 2 and done.stderr.startswith(f'{name}.py: {complaint}')
     assert f'{name}: train CIFAR-10 to {target}% in ' in run_script('--help', cwd=tmp_path, script=tmp_path / f'{name}.py').stdout
 
 
@@ -103,6 +104,8 @@ MISTAKES = [
     (['net.widths.block1=-32'], 'net.widths.block1=-32: must be of type int, like 64, from 1 to '),
     (['opt.batch_size=1.5'], 'opt.batch_size=1.5: must be of type int, like 1024, from 1 to '),
     (['--device', 'cuda:99'], '--device cuda:99: there is no such device here'),
+    (['--kernels', 'maybe'], "argument --kernels: invalid choice: 'maybe'"),
+    (['--kernels', 'on', '--device', 'cpu', '--data', 'digits'], 'Triton and a GPU: there is none in cpu'),
     (['--data', 'nowhere'], 'no data in nowhere: looked for train.pt + test.pt, cifar-10-batches-py and cifar-10-python.tar.gz'),
     (['--data', ''], 'no data in : looked for '),
     (['--data', 'a-file'], 'cannot read a-file: '),
@@ -175,7 +178,7 @@ def test_an_accelerator_warms_up_on_random_labels_and_makes_25_runs(tmp_path, fo
     """The CPU, under another name, stands in for the accelerator."""
     calls = []
 
-    def train(train_loader, test_loader, hyp, seed=None, on_epoch=None):
+    def train(train_loader, test_loader, hyp, seed=None, on_epoch=None, **functions):
         calls.append((seed, torch.equal(train_loader.labels, torch.load(folder / 'train.pt')['labels'])))
         return None, {'seed': seed, 'tta_val_acc': 0.94 + 1e-3 * (seed or 0), 'seconds': 1.0, 'epochs': []}
     monkeypatch.chdir(tmp_path)
@@ -195,7 +198,7 @@ def test_an_accelerator_warms_up_on_random_labels_and_makes_25_runs(tmp_path, fo
 
 
 def test_an_error_in_the_middle_keeps_the_finished_runs(tmp_path, folder, monkeypatch):
-    def train(train_loader, test_loader, hyp, seed, on_epoch):
+    def train(train_loader, test_loader, hyp, seed, on_epoch, **functions):
         if seed == 2:
             raise RuntimeError('out of memory')
         return None, {'seed': seed, 'tta_val_acc': 0.9, 'seconds': 1.0, 'epochs': []}

@@ -1,7 +1,9 @@
 """The Triton kernels against their torch references, and their properties; without a GPU under Triton's interpreter."""
 
+import os
 import subprocess
 import sys
+import types
 from importlib import import_module
 
 import pytest
@@ -257,10 +259,10 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    environment = {key: value for key, value in __import__('os').environ.items() if key != 'TRITON_INTERPRET'}
+    environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {'triton': 'Triton is not installed', 'nothing': 'they need a GPU'}[absent] in done.stdout
+    assert {'triton': 'Triton is not installed', 'nothing': 'there is none in cpu'}[absent] in done.stdout
 
 
 def test_training_through_the_kernels_equals_training_through_torch(loaders, narrow):
@@ -274,6 +276,19 @@ def test_training_through_the_kernels_equals_training_through_torch(loaders, nar
     assert record_b['epochs'][0]['train_loss'] == pytest.approx(record_a['epochs'][0]['train_loss'], rel=1e-4)
     for key, v in a.state_dict().items():
         torch.testing.assert_close(b.state_dict()[key], v, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('choice, device, package, used', [
+    ('off', 'cuda', 'ours', False), ('auto', 'cpu', 'ours', False), ('auto', 'mps', 'ours', False),
+    ('auto', 'cuda', None, False), ('auto', 'cuda', types.ModuleType('kernels'), False), ('on', DEVICE.type, 'ours', True)])
+def test_the_scripts_use_the_kernels_where_they_can(choice, device, package, used, monkeypatch):
+    """None: there is no folder kernels; a module: another package of that name is installed."""
+    if package != 'ours':
+        monkeypatch.setitem(sys.modules, 'kernels', package)
+        with pytest.raises(airbench94.UserError, match='--kernels on needs the folder kernels'):
+            airbench94.load_kernels('on', torch.device(device))
+    functions = airbench94.load_kernels(choice, torch.device(device))
+    assert functions == ((flip_crop, lookahead) if used else (airbench94.augment, airbench94.lookahead))
 
 
 def test_the_kernels_run_here():

@@ -1,0 +1,90 @@
+"""--compile, on the CPU: the same training, compiled before the clock starts and never again."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import airbench94
+from conftest import NARROW, OFFLINE, TINY, figures, load_log, run_script
+
+SCRIPTS = ['airbench94', 'airbench95', 'airbench96']
+
+
+class Compiled:
+    """A script's compiled network after three trainings, with seeds 0, 1 and 0, beside an eager one with seed 0."""
+    def __init__(self, name, folder):
+        script = __import__(name)
+        self.hyp = script.override(script.hyp, NARROW + ['opt.train_epochs=2.5', 'opt.whiten_bias_epochs=1'])
+        options = {'device': torch.device('cpu'), 'dtype': torch.float64}
+        train_loader = script.CifarLoader(folder, True, 32, self.hyp['aug'], **options)
+        test_loader = script.CifarLoader(folder, False, 25, **options)      # 60 images: the last batch is short
+        torch._dynamo.reset()
+        counters.clear()
+        self.faster = script.compiled(self.hyp, len(train_loader.classes), **options)
+        self.addresses = self.where()
+        script.compile_ahead(train_loader, test_loader, self.hyp, self.faster)
+        self.graphs, self.results = [counters['stats']['unique_graphs']], []
+        for seed in (0, 1, 0):
+            net, record = script.train(train_loader, test_loader, self.hyp, seed, **self.faster)
+            self.results.append((record, {key: v.clone() for key, v in net.state_dict().items()}))
+            self.graphs.append(counters['stats']['unique_graphs'])
+        self.breaks = dict(counters['graph_break'])
+        net, record = script.train(train_loader, test_loader, self.hyp, seed=0)
+        self.eager = record, net.state_dict()
+
+    def where(self):
+        return [v.data_ptr() for v in self.faster['net'].state_dict().values()]
+
+
+@pytest.fixture(scope='module', params=SCRIPTS)
+def compiled(request, folder):
+    return Compiled(request.param, folder)
+
+
+def test_nothing_compiles_after_the_warm_up_and_the_step_is_whole(compiled):
+    assert compiled.graphs[0] >= 4      # steps with and without the whitening bias, full and short batches of tests
+    assert compiled.graphs == compiled.graphs[:1] * 4 and not compiled.breaks
+
+
+def test_a_compiled_training_is_the_eager_one(compiled):
+    (record, state), (eager_record, eager_state) = compiled.results[0], compiled.eager
+    for key, v in eager_state.items():
+        torch.testing.assert_close(state[key], v, rtol=1e-9, atol=1e-9)
+    for epoch, eager in zip(record['epochs'], eager_record['epochs'], strict=True):
+        assert epoch['train_loss'] == pytest.approx(eager['train_loss'], rel=1e-9)
+    assert record['tta_val_acc'] == eager_record['tta_val_acc']
+
+
+def test_a_run_is_the_same_whichever_ran_before_it(compiled):
+    (first, state), (other, other_state), (again, state_again) = compiled.results
+    assert figures(again) == figures(first) and all(torch.equal(state_again[key], v) for key, v in state.items())
+    assert not torch.equal(other_state['8.weight' if '8.weight' in state else list(state)[-1]], state[list(state)[-1]])
+
+
+def test_runs_share_the_networks_memory(compiled):
+    """Which CUDA graphs need."""
+    assert compiled.where() == compiled.addresses
+
+
+def test_from_the_command_line_with_interpreted_kernels(tmp_path, folder):
+    small = [*TINY, 'opt.batch_size=16', 'aug.cutout=4', '--data', folder, '--runs', 2]
+    eager, fast = (run_script(*small, *options, '--log', tmp_path / options[-1], cwd=tmp_path, env=OFFLINE | {'TRITON_INTERPRET': '1'})
+                   for options in (['--kernels', 'off'], ['--compile', '--kernels', 'on']))
+    assert eager.returncode == fast.returncode == 0, fast.stderr
+    assert 'eager, kernels of torch' in eager.stdout and 'compiling' not in eager.stdout
+    assert 'compiled, kernels of Triton' in fast.stdout
+    lines = fast.stdout.splitlines()
+    seconds = next(line for line in lines if line.startswith('compiled in '))
+    assert lines.index(seconds) < next(i for i, line in enumerate(lines) if line.startswith('|     0 |'))
+    logs = [load_log(next((tmp_path / name).glob('*'))) for name in ('off', 'on')]
+    assert [(log['mode'], log['kernels']) for log in logs] == [('eager', 'torch'), ('compiled', 'Triton')]
+    for a, b in zip(*(log['runs'] for log in logs), strict=True):
+        assert b['epochs'][0]['train_loss'] == pytest.approx(a['epochs'][0]['train_loss'], rel=1e-3)
+        assert b['seconds'] < float(seconds.split()[2]) + 5     # the clock does not hold the compilation
+
+
+def test_what_cannot_be_compiled_is_said_in_one_line(tmp_path, folder):
+    env = OFFLINE | {'CXX': '/nowhere/g++', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
+    done = run_script(*TINY, '--data', folder, '--compile', cwd=tmp_path, env=env)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith('airbench94.py: --compile: ') and 'Traceback' not in done.stderr
