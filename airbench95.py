@@ -328,6 +328,7 @@ def tta_views(inputs, tta_level):
     return views
 
 def forward(net, inputs):
+    """Logits (N, num_classes): a function, so that it can be compiled."""
     return net(inputs)
 
 def infer(net, loader, tta_level=0, forward=forward):
@@ -361,19 +362,19 @@ def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=com
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    return loss.detach().clone(), outputs.detach().clone()      # the next CUDA graph takes the originals' memory
+    return loss.detach().clone(), outputs.detach().clone()      # a CUDA graph's next call overwrites the originals
 
 def train(train_loader, test_loader, hyp=hyp, seed=0, on_epoch=lambda row: None, *, net=None, fused=None,
           lookahead=lookahead, forward=forward, compute_loss=compute_loss):
     """Train a network; the result depends on the loaders, `hyp` and `seed` alone. Returns (net, record).
     The training loader, whose batch size must be that of `hyp`, is rewound and gets `seed`. on_epoch gets each of
-    the record's epochs. net: one for the same `hyp`, which is overwritten (default: a new one). fused: as in torch's
-    SGD. The functions may be replaced by others with the same results (see Fast path). record: {'seed',
-    'val_acc', 'tta_val_acc', 'seconds', 'epochs': [{'epoch', 'train_loss', 'train_acc', 'val_acc', 'seconds'}]}.
-    Accuracies are in [0, 1]; train_loss (a mean) and train_acc are those of an epoch's last batch. seconds run from
-    the first access to the training images to the end of the epoch or the test-set predictions (section 2),
-    validation left out. If a loss is not finite the training ends with that epoch, and record has 'failed': {'step',
-    'reason'}. Raises UserError if the set does not fill a batch."""
+    the record's epochs. net: one for the same `hyp`, which is overwritten (default: a new one). fused: for torch's SGD.
+    Functions may be replaced by others with the same results (see Fast path). record: {'seed', 'val_acc',
+    'tta_val_acc', 'seconds', 'epochs': [{'epoch', 'train_loss', 'train_acc', 'val_acc', 'seconds'}]}. Accuracies are
+    in [0, 1]; train_loss (a mean) and train_acc are those of an epoch's last batch. seconds run from the first access
+    to the training images to the end of the epoch or the test-set predictions (section 2), validation left out. If a
+    loss is not finite the training ends with that epoch, and record has 'failed': {'step', 'reason'}. Raises UserError
+    if the set does not fill a batch."""
     opt, device, step = hyp['opt'], train_loader.device, 0
     total_steps = math.ceil(len(train_loader) * opt['train_epochs'])
     train_loader.seed, train_loader.epoch = seed, 0
@@ -764,11 +765,11 @@ def resume(folder, log):
         then, now = ({name: group[key] for name, (group, key) in leaves(tree)} for tree in (old, log))
     except (ValueError, AttributeError):
         raise UserError(f'--resume {folder}: its log.json is damaged, or none of ours')
-    same = ('source', 'hyp', 'seed', 'data', 'dtype')
+    same = ('source', 'hyp', 'seed', 'data', 'dtype', 'mode')
     differ = [name for name in now if name.split('.')[0] in same and now[name] != then.get(name)]
     if differ:
         raise UserError(f"--resume {folder}: the log there has another {', '.join(differ)}")
-    this = {key: log[key] for key in ('argv', 'ranks', 'device', 'versions', 'kernels', 'mode', 'commit')}
+    this = {key: log[key] for key in ('argv', 'ranks', 'device', 'versions', 'kernels', 'commit')}
     return old | {'resumed': [*old['resumed'], this]}
 
 def open_log(args, log):

@@ -194,6 +194,7 @@ def own_lines(err):
 @pytest.mark.parametrize('change, complaint', [
     (['opt.lr=3'], 'the log there has another hyp.opt.lr'),
     (['--seed', '6'], 'the log there has another seed'),
+    (['--compile'], 'the log there has another mode'),
     (['--data', 'digits', 'opt.batch_size=32', 'opt.train_epochs=1', 'aug.flip=True', 'net.tta_level=2'],
      'the log there has another data.path, data.train'),
 ])
