@@ -189,9 +189,12 @@ class Traffic(TorchDispatchMode):
         name = operator.overloadpacket.__name__
         if not operator.is_view and not name.startswith('empty'):
             tensors = [v for v in tree_leaves(args) if isinstance(v, torch.Tensor)]
-            if name in ('index', 'index_put_'):     # of the tensor that is indexed, only the chosen part
-                tensors[0] = result if name == 'index' else tensors[-1]
             written = tensors[0] if name.endswith('_') else result
+            if name in ('index', 'index_select'):   # reads the chosen part of the first
+                tensors[0] = result
+            elif name == 'index_put_':              # writes as much as the last has
+                written = tensors[-1]
+                del tensors[0]
             self.launches += 1
             self.bytes += sum(v.numel() * v.element_size() for v in [*tensors, written])
         return result

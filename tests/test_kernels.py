@@ -291,5 +291,33 @@ def test_the_scripts_use_the_kernels_where_they_can(choice, device, package, use
     assert functions == ((flip_crop, lookahead) if used else (airbench94.augment, airbench94.lookahead))
 
 
+@pytest.mark.parametrize('name, sizes, rows', [
+    ('flip_crop', {'IMAGES': 2100, 'EPOCHS': 4}, ['published', 'torch path', 'copy', 'published', 'torch path', 'kernel']),
+    ('weight_average', {'ROUNDS': 4}, ['loop', 'torch path', 'copy', 'loop', 'torch path', 'copy'])])
+def test_the_benchmarks_run_and_name_their_quantiles(name, sizes, rows, monkeypatch, capsys):
+    module = import_module(f'kernels.{name}')
+    for key, value in sizes.items():
+        monkeypatch.setattr(module, key, value)
+    module.main()
+    out = capsys.readouterr().out
+    assert '20%' in out and '80%' in out and 'of copy' in out
+    found = [line[:16].strip() for line in out.splitlines() if line[:16].strip() in {*rows, 'kernel'}]
+    assert [row for row in found if row != 'kernel'] == [row for row in rows if row != 'kernel']
+    assert found == rows or DEVICE.type == 'cuda'
+
+
+def test_what_an_epoch_moves_is_counted():
+    module = import_module('kernels.flip_crop')
+    a = torch.zeros(100, dtype=torch.float16, device=DEVICE)
+    index = torch.arange(10, device=DEVICE)
+    with module.Traffic() as traffic:
+        b = a + 1                   # reads 200 bytes, writes 200
+        b.view(10, 10).mul_(2)      # the same; the view is no launch
+        torch.empty(1000)           # nothing
+        b[index]                    # reads 80 bytes of index and 20, writes 20
+        b[index] = a[:10]           # reads 80 and 20, writes 20
+    assert (traffic.launches, traffic.bytes) == (5, 400 + 400 + 3 * 120)
+
+
 def test_the_kernels_run_here():
     require(DEVICE)
