@@ -315,6 +315,7 @@ def test_what_an_epoch_moves_is_counted():
         b.view(10, 10).mul_(2)      # the same; the view is no launch
         torch.empty(1000)           # nothing
         b[index]                    # reads 80 bytes of index and 20, writes 20
+        b.index_select(0, index)    # the same
         b[index] = a[:10]           # reads 80 and 20, writes 20
     assert (traffic.launches, traffic.bytes) == (5, 400 + 400 + 3 * 120)
 
