@@ -351,10 +351,11 @@ def evaluate(net, loader, tta_level=0, forward=forward):
 
 #### Training ######################################################################################
 def compute_loss(net, inputs, labels, label_smoothing):
-    """A batch's summed loss and its outputs (B, num_classes), on the device."""
+    """A batch's summed loss and its outputs (B, num_classes), detached, on the device."""
     outputs = net(inputs)
     losses = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing, reduction='none')
-    return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32)), outputs      # fp16 is too coarse
+    loss = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))   # fp16 is too coarse
+    return loss, outputs.detach()
 
 def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=compute_loss):
     """One step of SGD. Returns what compute_loss does, detached."""
@@ -362,7 +363,7 @@ def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=com
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    return loss.detach().clone(), outputs.detach().clone()      # a CUDA graph's next call overwrites the originals
+    return loss.detach().clone(), outputs.clone()   # a CUDA graph's next call overwrites the originals
 
 def train(train_loader, test_loader, hyp=hyp, seed=0, on_epoch=lambda row: None, *, net=None, fused=None,
           lookahead=lookahead, forward=forward, compute_loss=compute_loss):
@@ -435,7 +436,7 @@ def count_pflop(train_loader, test_loader, hyp):
     of_image = of_view.get_total_flops() * len(tta_views(inputs[:1], hyp['net']['tta_level']))
     return 1e-15 * (steps * of_step.get_total_flops() + len(test_loader.images) * of_image)
 
-#### Fast path ###################################################################################
+#### Fast path #####################################################################################
 def compiled(hyp, num_classes, device, dtype):
     """Arguments for `train`: a network, and functions whose forward, loss and backward torch.compile makes for it
     (section 3.7). What was compiled, and the addresses in CUDA graphs, serve as long as the network is the same."""
@@ -450,27 +451,27 @@ def tail(loader, n):
     return loader
 
 def compile_ahead(train_loader, test_loader, hyp, faster):
-    """Compile all that a run needs, by a short one. Raises UserError if torch cannot compile here."""
-    print('compiling, which takes minutes\n', end='', flush=True)
+    """Compile all that a run needs, by a short one. Returns its seconds. Raises UserError if that fails."""
     start, size = time.perf_counter(), test_loader.batch_size
     few = tail(train_loader, 3 * train_loader.batch_size), tail(test_loader, size + len(test_loader.labels) % size)
     opt = hyp['opt'] | {'train_epochs': 2, 'whiten_bias_epochs': 1, 'lr': 0.01 * hyp['opt']['lr']}
     try:
         train(*few, hyp | {'opt': opt}, **faster)
     except Exception as error:      # of many kinds, by what is missing
-        raise UserError(f'--compile: {str(error).strip().splitlines()[0]}')
-    print(f'compiled in {time.perf_counter() - start:.0f} s\n', end='', flush=True)
+        raise UserError('--compile: ' + ' '.join((str(error).strip() or repr(error)).splitlines()[:2]))
+    return time.perf_counter() - start
 
 def load_kernels(choice, device):
-    """(augment, lookahead) for --kernels. Raises UserError for kernels that must be and cannot."""
+    """(augment, lookahead) for --kernels. Raises UserError for kernels that must be used and cannot."""
     if choice == 'on' or choice == 'auto' and device.type == 'cuda':
         try:
             from kernels import flip_crop, lookahead as lookahead_kernel, require   # the folder beside this script
             require(device)
             return flip_crop, lookahead_kernel
-        except (ImportError, RuntimeError) as error:
+        except Exception as error:      # of many kinds, by what is missing
             if choice == 'on':
                 raise UserError(f'--kernels on needs the folder kernels beside this script, Triton and a GPU: {error}')
+            print(f'kernels of torch instead of Triton: {error}\n', end='', flush=True)
     return augment, lookahead
 
 #### Data sources ##################################################################################
@@ -691,7 +692,10 @@ def pick_device(name=None):
         torch.zeros(1, device=name).item()
     except Exception:       # of many kinds, by what torch was built with
         raise UserError(f'--device {name}: there is no such device here')
-    return torch.device(name), torch.float16 if torch.device(name).type == 'cuda' else torch.float32
+    device = torch.device(name)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)   # CUDA graphs synchronize the current one
+    return device, torch.float16 if device.type == 'cuda' else torch.float32
 
 def parse_args(argv):
     def error(message):
@@ -776,6 +780,8 @@ def open_log(args, log):
     """Start `log`, or find the one to resume. Returns (its folder, the log, the numbers of the runs that it lacks)."""
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}-{os.urandom(3).hex()}"
     folder = Path(args.resume or Path(args.log, name))
+    about = '{data[path]}: {data[train]} + {data[test]} images; {device}, {dtype}, {mode}, kernels of {kernels}'
+    about = about.format(**log)     # this call's: a log that is resumed keeps the first one's
     if (folder / 'log.json').exists():
         log = resume(folder, log)
     elif folder.is_file() or any(entry.suffix != '.tmp' for entry in folder.glob('*')):
@@ -786,17 +792,13 @@ def open_log(args, log):
     (folder / 'runs').mkdir(exist_ok=True)
     (folder / log['script']).write_text(log['source'])
     missing = sorted(set(range(log['wanted'])) - {int(path.stem) for path in folder.glob('runs/[0-9]*.json')})
-    print('{data[path]}: {data[train]} + {data[test]} images; '
-          '{device}, {dtype}, {mode}, kernels of {kernels}'.format(**log))
-    print(f'{len(missing)} of {log["wanted"]} runs to make; log in {folder}')
+    print(f'{about}\n{len(missing)} of {log["wanted"]} runs to make; log in {folder}')
     print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True)
     return folder, log, missing
 
 def train_runs(runs, folder, log, train_loader, test_loader, faster, verbose):
     """Train `runs`, a list of numbers, and write their records into `folder`. verbose: print each epoch's row."""
     show = lambda run: lambda row: print_row({'run': run} | row) if verbose else None
-    if log['mode'] == 'compiled' and runs:
-        compile_ahead(train_loader, test_loader, log['hyp'], faster)
     if train_loader.device.type != 'cpu' and runs:
         warm_loader = copy.copy(train_loader)   # the warm-up learns random labels
         warm_loader.labels = torch.randint_like(train_loader.labels, len(train_loader.classes))
@@ -830,6 +832,10 @@ def main(argv=None):
     agree(rank, ranks, lambda: prepared.extend(prepare(args, data, settings, device, dtype)))
     start = lambda: rank > 0 or open_log(args, describe(args, ranks, data, settings, *prepared[:2]))
     folder, log, missing = agree(rank, ranks, start)[0]
+    if args.compile:
+        print('compiling, which takes minutes\n' * (rank == 0), end='', flush=True)
+        seconds = agree(rank, ranks, lambda: compile_ahead(*prepared[:2], settings, prepared[2]) if missing else 0)
+        print(f'compiled in {max(seconds):.0f} s\n' * (rank == 0), end='', flush=True)
     if rank == 0:
         signal.signal(signal.SIGTERM, signal.default_int_handler)   # a scheduler's or torchrun's Ctrl-C
     try:

@@ -15,11 +15,12 @@ from kernels.weight_average import lookahead, mean, running_mean
 
 
 def require(device):
-    """Raise RuntimeError, which says why, if the kernels cannot run on `device`, a torch.device."""
+    """Raise RuntimeError, or an error of Triton's, if the kernels cannot run on `device`, a torch.device."""
     interpreted = os.environ.get('TRITON_INTERPRET') == '1'
     if triton is None:
         raise RuntimeError('Triton is not installed')
-    if device.type != 'cuda' and not interpreted:
-        raise RuntimeError(f"there is none in {device}; TRITON_INTERPRET=1 would interpret them, slowly")
+    if device.type != ('cpu' if interpreted else 'cuda'):
+        raise RuntimeError(f'{device} is none; TRITON_INTERPRET=1 interprets them on the CPU, slowly, and only there')
     if device.type == 'cuda' and torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
         raise RuntimeError(f'Triton needs compute capability 8.0; {torch.cuda.get_device_name(device)} has less')
+    lookahead([torch.zeros(8, device=device)], [torch.zeros(8, device=device)], 0.5)    # Triton may lack a C compiler

@@ -45,7 +45,7 @@ def compiled(request, folder):
 
 
 def test_nothing_compiles_after_the_warm_up_and_the_step_is_whole(compiled):
-    assert compiled.graphs[0] >= 4      # steps with and without the whitening bias, full and short batches of tests
+    assert compiled.graphs[0] == 4      # steps with and without the whitening bias, full and short batches of tests
     assert compiled.graphs == compiled.graphs[:1] * 4 and not compiled.breaks
 
 
@@ -84,14 +84,14 @@ def test_from_the_command_line_with_interpreted_kernels(tmp_path, folder):
     assert [(log['mode'], log['kernels']) for log in logs] == [('eager', 'torch'), ('compiled', 'Triton')]
     for a, b in zip(*(log['runs'] for log in logs), strict=True):
         assert b['epochs'][0]['train_loss'] == pytest.approx(a['epochs'][0]['train_loss'], rel=1e-3)
-        assert b['seconds'] < float(seconds.split()[2]) + 5     # the clock does not hold the compilation
 
 
 def test_what_cannot_be_compiled_is_said_in_one_line(tmp_path, folder):
     env = OFFLINE | {'CXX': '/nowhere/g++', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
     done = run_script(*TINY, '--data', folder, '--compile', cwd=tmp_path, env=env)
     last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and last.startswith('airbench94.py: --compile: ') and 'Traceback' not in done.stderr
+    assert done.returncode == 2 and last.startswith('airbench94.py: --compile: ') and '/nowhere/g++' in last
+    assert 'Traceback' not in done.stderr and 'runs finished' not in done.stdout
 
 
 def test_all_that_is_kept_between_steps_stays_in_its_place(narrow):
@@ -112,12 +112,13 @@ def test_all_that_is_kept_between_steps_stays_in_its_place(narrow):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 def test_cuda_graphs_train_as_eager_mode_does(loaders, narrow):
-    on_cuda = loaders(device='cuda', dtype=torch.float16)
-    faster = airbench94.compiled(narrow, 10, torch.device('cuda'), torch.float16)
+    augment, lookahead = airbench94.load_kernels('on', torch.device('cuda'))
+    on_cuda = loaders(device='cuda', dtype=torch.float16, augment=augment)
+    faster = airbench94.compiled(narrow, 10, torch.device('cuda'), torch.float16) | {'lookahead': lookahead}
     airbench94.compile_ahead(*on_cuda, narrow, faster)
     graphs = counters['stats']['unique_graphs']
     _, eager = airbench94.train(*on_cuda, narrow)
     for _ in range(2):
         _, compiled = airbench94.train(*on_cuda, narrow, **faster)
-        assert compiled['epochs'][0]['train_loss'] == pytest.approx(eager['epochs'][0]['train_loss'], rel=0.02)
-    assert counters['stats']['unique_graphs'] == graphs
+        assert compiled['epochs'][0]['train_loss'] == pytest.approx(eager['epochs'][0]['train_loss'], rel=0.05)
+    assert counters['stats']['unique_graphs'] == graphs and counters['inductor']['cudagraph_skips'] == 0

@@ -5,7 +5,7 @@ import torch
 
 import airbench95
 import airbench96
-from airbench94 import hyp, infer, lookahead, make_net, make_optimizer, train, train_step
+from airbench94 import hyp, infer, load_kernels, lookahead, make_net, make_optimizer, train, train_step
 
 
 def meta_step(loader, hyp=hyp):
@@ -60,12 +60,14 @@ def test_cuda_trains_as_the_cpu_does(loaders, narrow, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 def test_no_step_waits_for_cuda(loaders):
-    batches = iter(loaders(device='cuda', dtype=torch.float16)[0])
+    augment, lookahead = load_kernels('auto', torch.device('cuda'))
+    batches = iter(loaders(device='cuda', dtype=torch.float16, augment=augment)[0])
     net = make_net(hyp, device='cuda', dtype=torch.float16)
     optimizer, scheduler = make_optimizer(net, hyp, total_steps=10)
     weights = [v for v in net.state_dict().values() if v.is_floating_point()]
     averages = [v.clone() for v in weights]
     next(batches)       # the epoch's draws are copied to the device before its first step
+    lookahead(averages, weights, decay=0.5)     # and the table of the averages before its first use
     try:
         torch.cuda.set_sync_debug_mode('error')
         for inputs, labels in batches:

@@ -295,12 +295,13 @@ def test_without_torchrun_there_is_no_process_group():
 
 
 def test_each_rank_takes_a_gpu_of_its_own(monkeypatch):
-    asked = []
+    asked, current = [], []
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: current.append(str(device)))
     monkeypatch.setattr(torch, 'zeros', lambda *shape, device: asked.append(device) or torch.ones(shape))
     for rank in (None, '0', '5'):
         monkeypatch.delenv('LOCAL_RANK', raising=False)
         if rank:
             monkeypatch.setenv('LOCAL_RANK', rank)
         assert airbench94.pick_device()[0] == torch.device('cuda', int(rank or 0))
-    assert asked == ['cuda:0', 'cuda:0', 'cuda:5'] and airbench94.pick_device('cuda:1')[0] == torch.device('cuda:1')
+    assert asked == current == ['cuda:0', 'cuda:0', 'cuda:5'] and airbench94.pick_device('cuda:1')[0] == torch.device('cuda:1')
