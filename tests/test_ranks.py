@@ -238,7 +238,7 @@ def test_what_is_no_log_is_refused(content, tmp_path, folder):
 
 
 def test_a_log_that_was_cut_off_at_its_start_is_started_anew(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(airbench94, 'train', lambda *args: (None, {'seed': 0, 'tta_val_acc': 0.9, 'seconds': 1.0}))
+    monkeypatch.setattr(airbench94, 'train', lambda *args, **functions: (None, {'seed': 0, 'tta_val_acc': 0.9, 'seconds': 1.0}))
     (tmp_path / 'log.tmp').write_text('{"scr')
     assert airbench94.main(['--data', str(folder), '--resume', str(tmp_path), *TINY]) == 0
     assert load_log(tmp_path)['summary']['n'] == 1 and len(records(tmp_path)) == 1
