@@ -59,7 +59,7 @@ def progress(items, what, total=None):
 
 def keep_freed_memory():
     """Let glibc keep what is freed, for the whole process: else each large tensor's pages go back to the kernel,
-    which zeroes them for the next tensor: over a quarter of a training step on the CPU. Elsewhere it does nothing."""
+    which zeroes them for the next tensor: about a fifth of a training step on the CPU. Elsewhere it does nothing."""
     if platform.libc_ver()[0] == 'glibc':
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)             # M_MMAP_MAX: no block gets pages of its own
@@ -135,9 +135,9 @@ def augment(images, index, flip, shift, corner=None, size=0, *, mean, std, dtype
 
 class CifarLoader:
     """An image set that lies on the device as uint8 and is served in augmented batches.
-    One iteration is one epoch of (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images` (uint8 NHWC) and
-    `labels` may be replaced, as in `loader.images = loader.images[mask]`. path: as for load_data. aug: {'flip': bool,
-    'translate': pixels, 'cutout': pixels}, default none. drop_last, shuffle: default to `train`. augment: that
+    One iteration is one epoch of (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images` (uint8 NHWC, dense)
+    and `labels` may be replaced, as in `loader.images = loader.images[mask]`. path: as for load_data. aug: {'flip':
+    bool, 'translate': pixels, 'cutout': pixels}, default none. drop_last, shuffle: default to `train`. augment: that
     function, or one with its results. Raises UserError for a wrong batch_size or aug and as load_data does; its length
     and iteration raise UserError if short batches are dropped and the set does not fill one."""
     def __init__(self, path, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None,
@@ -369,8 +369,8 @@ def train(train_loader, test_loader, hyp=hyp, seed=0, on_epoch=lambda row: None,
           lookahead=lookahead, forward=forward, compute_loss=compute_loss):
     """Train a network; the result depends on the loaders, `hyp` and `seed` alone. Returns (net, record).
     The training loader, whose batch size must be that of `hyp`, is rewound and gets `seed`. on_epoch gets each of
-    the record's epochs. net: one for the same `hyp`, which is overwritten (default: a new one). fused: for torch's SGD.
-    Functions may be replaced by others with the same results (see Fast path). record: {'seed', 'val_acc',
+    the record's epochs. net: one for the same `hyp`, to be overwritten and returned (default: a new one). fused: as in
+    torch's SGD. Functions may be replaced by others with the same results (see Fast path). record: {'seed', 'val_acc',
     'tta_val_acc', 'seconds', 'epochs': [{'epoch', 'train_loss', 'train_acc', 'val_acc', 'seconds'}]}. Accuracies are
     in [0, 1]; train_loss (a mean) and train_acc are those of an epoch's last batch. seconds run from the first access
     to the training images to the end of the epoch or the test-set predictions (section 2), validation left out. If a
@@ -437,10 +437,11 @@ def count_pflop(train_loader, test_loader, hyp):
     return 1e-15 * (steps * of_step.get_total_flops() + len(test_loader.images) * of_image)
 
 #### Fast path #####################################################################################
-def compiled(hyp, num_classes, device, dtype):
+def compiled(hyp=hyp, num_classes=10, *, device, dtype):
     """Arguments for `train`: a network, and functions whose forward, loss and backward torch.compile makes for it
     (section 3.7). What was compiled, and the addresses in CUDA graphs, serve as long as the network is the same."""
-    options = {'fullgraph': True, 'dynamic': False, 'mode': 'max-autotune' if device.type == 'cuda' else 'default'}
+    mode = 'max-autotune' if torch.device(device).type == 'cuda' else 'default'
+    options = {'fullgraph': True, 'dynamic': False, 'mode': mode}
     return {'net': make_net(hyp, num_classes, device=device, dtype=dtype), 'fused': True,
             'forward': torch.compile(forward, **options), 'compute_loss': torch.compile(compute_loss, **options)}
 
@@ -602,11 +603,13 @@ def print_summary(log):
     summary, seconds = log['summary'], [run['seconds'] for run in log['runs'] if 'failed' not in run]
     print('runs finished: {n}, failed: {failed}'.format(**summary))
     if seconds:
-        devices = ' and '.join(sorted({log['device'], *(call['device'] for call in log['resumed'])}))
+        calls = [log, *log['resumed']]
+        device, kernels = (' and '.join(sorted({call[key] for call in calls})) for key in ('device', 'kernels'))
         spread = 'std {std:.4f}, 95% interval of the mean {ci95[0]:.4f} to {ci95[1]:.4f}, one-sided p = {p_value:.2g}'
         verdict = spread if summary['ci95'] else 'one run proves nothing' if summary['n'] == 1 else 'all runs equal'
         print(('mean accuracy with TTA {mean:.4f}, target {target}: ' + verdict).format(**summary))
-        print(f"{np.mean(seconds):.2f} seconds, {log['pflop']:.3g} PFLOP a run; {devices}, {log['dtype']}\n"
+        print(f"{np.mean(seconds):.2f} seconds, {log['pflop']:.3g} PFLOP a run; "
+              f"{device}, {log['dtype']}, {log['mode']}, kernels of {kernels}\n"
               'on the clock: from first access to the training data to test-set predictions, without validation')
     if not log['data']['is_cifar10']:
         print(f"this is no CIFAR-10 figure: the data is {log['data']['path']}")
@@ -709,7 +712,7 @@ def parse_args(argv):
     parser.add_argument('--log', default='logs', help='where this call makes a folder for its log (default: logs)')
     parser.add_argument('--resume', metavar='DIR', help='make the runs that the log in DIR lacks, or start it')
     parser.add_argument('--kernels', choices=('auto', 'on', 'off'), default='auto', help='kernels/ (auto: on a GPU)')
-    parser.add_argument('--compile', action='store_true', help='train by torch.compile: slow to start, then faster')
+    parser.add_argument('--compile', action='store_true', help='train by torch.compile: for many runs on a GPU')
     parser.add_argument('overrides', nargs='*', metavar='KEY=VALUE')
     args = parser.parse_intermixed_args(argv)
     if args.runs is not None and args.runs < 1 or not 0 <= args.seed < 2**32:
@@ -792,13 +795,14 @@ def open_log(args, log):
     (folder / 'runs').mkdir(exist_ok=True)
     (folder / log['script']).write_text(log['source'])
     missing = sorted(set(range(log['wanted'])) - {int(path.stem) for path in folder.glob('runs/[0-9]*.json')})
-    print(f'{about}\n{len(missing)} of {log["wanted"]} runs to make; log in {folder}')
-    print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True)
+    print(f'{about}\n{len(missing)} of {log["wanted"]} runs to make; log in {folder}', flush=True)
     return folder, log, missing
 
 def train_runs(runs, folder, log, train_loader, test_loader, faster, verbose):
     """Train `runs`, a list of numbers, and write their records into `folder`. verbose: print each epoch's row."""
     show = lambda run: lambda row: print_row({'run': run} | row) if verbose else None
+    if verbose:
+        print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True)
     if train_loader.device.type != 'cpu' and runs:
         warm_loader = copy.copy(train_loader)   # the warm-up learns random labels
         warm_loader.labels = torch.randint_like(train_loader.labels, len(train_loader.classes))
@@ -833,9 +837,10 @@ def main(argv=None):
     start = lambda: rank > 0 or open_log(args, describe(args, ranks, data, settings, *prepared[:2]))
     folder, log, missing = agree(rank, ranks, start)[0]
     if args.compile:
-        print('compiling, which takes minutes\n' * (rank == 0), end='', flush=True)
+        print('compiling, which can take minutes\n' * (rank == 0), end='', flush=True)
         seconds = agree(rank, ranks, lambda: compile_ahead(*prepared[:2], settings, prepared[2]) if missing else 0)
-        print(f'compiled in {max(seconds):.0f} s\n' * (rank == 0), end='', flush=True)
+        log['compile_seconds'] = max(seconds)
+        print('compiled in {compile_seconds:.0f} s\n'.format(**log) * (rank == 0), end='', flush=True)
     if rank == 0:
         signal.signal(signal.SIGTERM, signal.default_int_handler)   # a scheduler's or torchrun's Ctrl-C
     try:

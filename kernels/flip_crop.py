@@ -5,7 +5,7 @@
 
 Why: the published loader (Jordan 2024, listing 4) keeps the set in half precision, pads it, copies it by a mask once
 for each of 25 shifts, flips it, and then gathers every batch. In plain torch, flip_crop_ref gathers each batch out of
-the uint8 set by index arithmetic: two dozen operators, several of which read and write a whole batch. The kernel reads
+the uint8 set by index arithmetic: 27 operators, several of which read and write a whole batch. The kernel reads
 an image's 3,072 bytes (32 x 32 x 3) and its 25 bytes of draws, writes 6,144 bytes in half precision, and nothing else.
 
 How: a program is one warp and one image. It walks down the image in tiles of 8 rows x 128 columns, of which an image
@@ -98,7 +98,11 @@ def _flip_crop_kernel(batch, images, index, flip, shift, corner, mean, std, size
 
 
 def check(images, index, flip, shift, corner, size, mean, std, dtype):
-    """Raise ValueError for what the kernel would read or write wrongly."""
+    """Raise ValueError for what the kernel would read or write wrongly, and RuntimeError where it cannot run."""
+    if triton is None or images.device.type == 'cpu' and isinstance(_flip_crop_kernel, triton.JITFunction):
+        raise RuntimeError('flip_crop needs Triton and a GPU, or TRITON_INTERPRET=1 before it is imported')
+    if size < 0:
+        raise ValueError(f'size={size}: must not be negative')
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f'dtype={dtype}: must be float16, bfloat16 or float32')
     if images.ndim != 4:
@@ -124,7 +128,8 @@ def flip_crop(images, index, flip, shift, corner=None, size=0, *, mean, std, dty
     bool (B,), whether it is mirrored; shift, int64 (B, 2), its (dy, dx) in pixels, smaller than the image. If size is
     not 0, a square of that side is blank; corner, int64 (B, 2), is its first (y, x). mean, std: (C,), of pixel / 255.
     Values of index and shift are not checked: that would wait for the GPU. Returns (B, C, H, W) of `dtype` (float16,
-    bfloat16, float32), channels_last. Raises ValueError for another dtype, shape, device or memory layout."""
+    bfloat16, float32), channels_last. Raises ValueError for another dtype, shape, device or memory layout, and
+    RuntimeError where Triton or a GPU is missing."""
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device).contiguous() for v in (mean, std))
     check(images, index, flip, shift, corner, size, mean, std, dtype)
     height, width, channels = images.shape[1:]

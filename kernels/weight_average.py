@@ -130,6 +130,8 @@ def _mean_kernel(table, networks, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 
 def check(averages, weights):
     """Raise ValueError, which names the tensor, unless the lists match: shapes, dtypes, device, dense equal layouts."""
+    if triton is None or averages and averages[0].device.type == 'cpu' and isinstance(_lerp_kernel, triton.JITFunction):
+        raise RuntimeError('averaging needs Triton and a GPU, or TRITON_INTERPRET=1 before it is imported')
     if len(averages) != len(weights):
         raise ValueError(f'lists of {len(averages)} and {len(weights)} tensors')
     for i, (average, weight) in enumerate(zip(averages, weights)):
@@ -183,7 +185,9 @@ def _mean_lists(averages: list[torch.Tensor], weights: list[torch.Tensor]) -> No
 def lookahead(averages, weights, decay):
     """Let averages keep the share `decay` of themselves and take the rest from weights; copy them back. Two lists of
     tensors, float32, float16 and bfloat16 mixed, changed in place. Raises ValueError, which names the tensor, if they
-    do not match in shape, dtype, device and memory layout (contiguous, or channels_last)."""
+    do not match in shape, dtype, device and memory layout (contiguous, or channels_last), and RuntimeError where Triton
+    or a GPU is missing."""
+    averages, weights = list(averages), list(weights)
     check(averages, weights)
     if averages:
         _lerp_lists(averages, weights, 1 - decay, True)
@@ -191,6 +195,7 @@ def lookahead(averages, weights, decay):
 
 def running_mean(averages, weights, n):
     """Turn averages, the mean of n networks, into the mean of them and weights. Lists and errors as for lookahead."""
+    averages, weights = list(averages), list(weights)
     check(averages, weights)
     if averages:
         _lerp_lists(averages, weights, 1 / (n + 1), False)
@@ -199,6 +204,7 @@ def running_mean(averages, weights, n):
 def mean(averages, networks):
     """Overwrite averages with the mean of the networks, a list of lists, summed in float32. Errors as for lookahead,
     and ValueError if there is no network."""
+    averages, networks = list(averages), [list(weights) for weights in networks]
     if not networks:
         raise ValueError('there is no network to average')
     for weights in networks:

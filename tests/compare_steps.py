@@ -29,6 +29,7 @@ def return_freed_memory():
     libc.mallopt(-4, 65536)         # M_MMAP_MAX
     libc.mallopt(-3, 32 * 2**20)    # M_MMAP_THRESHOLD
     libc.mallopt(-1, 64 * 2**20)    # M_TRIM_THRESHOLD
+    libc.malloc_trim(0)
 
 
 def measured(step):
@@ -51,7 +52,7 @@ def make_steps(script):
         optimizer, _ = script.make_optimizer(net, script.hyp, 100, fused)
         return lambda: script.train_step(net, optimizer, inputs, labels, smoothing, compute_loss)
 
-    faster = script.compiled(script.hyp, 10, torch.device('cpu'), torch.float32)
+    faster = script.compiled(script.hyp, device='cpu', dtype=torch.float32)
     eager, compiled = make_step(script.compute_loss), make_step(faster['compute_loss'], faster['fused'])
     return {'glibc': (return_freed_memory, eager), 'keep': (script.keep_freed_memory, eager),
             'compiled': (script.keep_freed_memory, compiled)}
@@ -80,6 +81,9 @@ def main():
             for _ in range(STEPS):
                 figures[name].append(measured(step))
                 print('{}: {:.2f} s, {:.2f} s in the kernel, {} page faults'.format(name, *figures[name][-1]), flush=True)
+    for i in range(0, ROUNDS * STEPS, STEPS):
+        print('medians of a round:', ', '.join(f'{name} {statistics.median(row[0] for row in rows[i:i + STEPS]):.2f} s'
+                                               for name, rows in figures.items()))
     medians = {name: [statistics.median(column) for column in zip(*rows)] for name, rows in figures.items()}
     for name, row in medians.items():
         print('median, {}: {:.2f} s, {:.2f} s in the kernel, {:.0f} page faults'.format(name, *row))

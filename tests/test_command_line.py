@@ -105,7 +105,7 @@ MISTAKES = [
     (['opt.batch_size=1.5'], 'opt.batch_size=1.5: must be of type int, like 1024, from 1 to '),
     (['--device', 'cuda:99'], '--device cuda:99: there is no such device here'),
     (['--kernels', 'maybe'], "argument --kernels: invalid choice: 'maybe'"),
-    (['--kernels', 'on', '--device', 'cpu', '--data', 'digits'], 'Triton and a GPU: cpu is none'),
+    (['--kernels', 'on', '--device', 'cpu', '--data', 'digits'], 'Triton and a GPU: the device is cpu'),
     (['--data', 'nowhere'], 'no data in nowhere: looked for train.pt + test.pt, cifar-10-batches-py and cifar-10-python.tar.gz'),
     (['--data', ''], 'no data in : looked for '),
     (['--data', 'a-file'], 'cannot read a-file: '),

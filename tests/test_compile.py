@@ -23,7 +23,7 @@ class Compiled:
         test_loader = script.CifarLoader(folder, False, 25, **options)      # 60 images: the last batch is short
         torch._dynamo.reset()
         counters.clear()
-        self.faster = script.compiled(self.hyp, len(train_loader.classes), **options)
+        self.faster = script.compiled(self.hyp, **options)
         self.addresses = self.where()
         script.compile_ahead(train_loader, test_loader, self.hyp, self.faster)
         self.graphs, self.results = [counters['stats']['unique_graphs']], []
@@ -78,10 +78,11 @@ def test_from_the_command_line_with_interpreted_kernels(tmp_path, folder):
     assert 'eager, kernels of torch' in eager.stdout and 'compiling' not in eager.stdout
     assert 'compiled, kernels of Triton' in fast.stdout
     lines = fast.stdout.splitlines()
-    seconds = next(line for line in lines if line.startswith('compiled in '))
-    assert lines.index(seconds) < next(i for i, line in enumerate(lines) if line.startswith('|     0 |'))
+    assert lines[2] == 'compiling, which can take minutes' and lines[3].startswith('compiled in ') and 'run' in lines[4]
+    assert 'float32, compiled, kernels of Triton' in lines[-3]
     logs = [load_log(next((tmp_path / name).glob('*'))) for name in ('off', 'on')]
     assert [(log['mode'], log['kernels']) for log in logs] == [('eager', 'torch'), ('compiled', 'Triton')]
+    assert lines[3] == f"compiled in {logs[1]['compile_seconds']:.0f} s" and 'compile_seconds' not in logs[0]
     for a, b in zip(*(log['runs'] for log in logs), strict=True):
         assert b['epochs'][0]['train_loss'] == pytest.approx(a['epochs'][0]['train_loss'], rel=1e-3)
 
@@ -114,7 +115,7 @@ def test_all_that_is_kept_between_steps_stays_in_its_place(narrow):
 def test_cuda_graphs_train_as_eager_mode_does(loaders, narrow):
     augment, lookahead = airbench94.load_kernels('on', torch.device('cuda'))
     on_cuda = loaders(device='cuda', dtype=torch.float16, augment=augment)
-    faster = airbench94.compiled(narrow, 10, torch.device('cuda'), torch.float16) | {'lookahead': lookahead}
+    faster = airbench94.compiled(narrow, device='cuda', dtype=torch.float16) | {'lookahead': lookahead}
     airbench94.compile_ahead(*on_cuda, narrow, faster)
     graphs = counters['stats']['unique_graphs']
     _, eager = airbench94.train(*on_cuda, narrow)

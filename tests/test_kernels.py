@@ -113,6 +113,7 @@ def test_flip_crop_writes_its_batch_alone(size, monkeypatch):
     ({'flip': torch.zeros(2, dtype=torch.bool)}, r'flip: must be a torch.bool tensor of shape \(3,\)'),
     ({'shift': torch.zeros(3, 2, dtype=torch.int64, device='meta')}, 'shift: must be'),
     ({'size': 3}, 'corner: must be'),
+    ({'size': -1}, 'size=-1: must not be negative'),
     ({'mean': [0.5]}, r'mean: must be a torch.float32 tensor of shape \(3,\)'),
 ])
 def test_flip_crop_refuses_what_it_would_misread(change, complaint):
@@ -176,7 +177,7 @@ def test_means_equal_their_references(forms, n, seed):
 def test_the_mean_of_equal_networks_is_that_network(forms, n):
     network = made_up(forms, seed=n)
     got = [torch.full_like(v, POISON) for v in network]
-    mean(got, [network] * n)
+    mean(got, (iter(network) for _ in range(n)))        # what can be read once is enough
     assert all(torch.equal(a, b) for a, b in zip(got, network))
 
 
@@ -259,11 +260,18 @@ try:
     kernels.require(torch.device('cpu'))
 except RuntimeError as error:
     print(error)
+for call in (lambda: kernels.lookahead([torch.zeros(1)], [torch.zeros(1)], 0.5), lambda: kernels.flip_crop(
+        *[torch.zeros(1)] * 4, mean=[0], std=[1], dtype=torch.float32)):
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
 """
     environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {'triton': 'Triton is not installed', 'nothing': 'cpu is none; TRITON_INTERPRET=1'}[absent] in done.stdout
+    assert {'triton': 'Triton is not installed', 'nothing': 'the device is cpu; TRITON_INTERPRET=1'}[absent] in done.stdout
+    assert done.stdout.count('needs Triton and a GPU, or TRITON_INTERPRET=1 before') == 2
 
 
 def test_training_through_the_kernels_equals_training_through_torch(loaders, narrow):

@@ -4,6 +4,8 @@ import ast
 import re
 import shutil
 
+import torch
+
 import airbench94
 from conftest import NARROW, ROOT
 
@@ -23,7 +25,7 @@ def test_the_python_examples_run(tmp_path, folder, monkeypatch, capsys):
     monkeypatch.setattr(airbench94.torch.backends.mps, 'is_available', lambda: False)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, 'cifar10')
-    subset, save = SNIPPETS
+    subset, save, many = SNIPPETS
     assert len(code_lines(subset)) <= 15 and len(code_lines(save)) <= 6
     names = {}
     exec(subset, names)
@@ -33,6 +35,9 @@ def test_the_python_examples_run(tmp_path, folder, monkeypatch, capsys):
     assert names['predictions'].shape == (60,)
     accuracy = (names['predictions'] == names['test_loader'].labels).float().mean().item()
     assert abs(accuracy - names['record']['tta_val_acc']) < 1e-6
+    exec(many, names)
+    assert len(names['kept']) == 2 and not any(torch.equal(*(state[key] for state in names['kept']))
+                                               for key in names['kept'][0] if key.endswith('conv.weight'))
 
 
 def test_the_set_up_is_what_ci_and_the_script_need():
