@@ -445,6 +445,10 @@ def compiled(hyp=hyp, num_classes=10, *, device, dtype):
     return {'net': make_net(hyp, num_classes, device=device, dtype=dtype), 'fused': True,
             'forward': torch.compile(forward, **options), 'compute_loss': torch.compile(compute_loss, **options)}
 
+def brief(error):
+    """The first two lines of an error's text, as one."""
+    return ' '.join((str(error).strip() or repr(error)).splitlines()[:2])
+
 def tail(loader, n):
     """A copy of `loader` with its last n images alone, or all."""
     loader = copy.copy(loader)
@@ -459,7 +463,7 @@ def compile_ahead(train_loader, test_loader, hyp, faster):
     try:
         train(*few, hyp | {'opt': opt}, **faster)
     except Exception as error:      # of many kinds, by what is missing
-        raise UserError('--compile: ' + ' '.join((str(error).strip() or repr(error)).splitlines()[:2]))
+        raise UserError(f'--compile: {brief(error)}')
     return time.perf_counter() - start
 
 def load_kernels(choice, device):
@@ -471,8 +475,8 @@ def load_kernels(choice, device):
             return flip_crop, lookahead_kernel
         except Exception as error:      # of many kinds, by what is missing
             if choice == 'on':
-                raise UserError(f'--kernels on needs the folder kernels beside this script, Triton and a GPU: {error}')
-            print(f'kernels of torch instead of Triton: {error}\n', end='', flush=True)
+                raise UserError(f'--kernels on needs kernels/ beside this script, Triton and a GPU: {brief(error)}')
+            print(f'kernels of torch instead of Triton: {brief(error)}\n', end='', flush=True)
     return augment, lookahead
 
 #### Data sources ##################################################################################

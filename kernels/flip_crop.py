@@ -95,8 +95,6 @@ def _flip_crop_kernel(batch, images, index, flip, shift, corner, mean, std, size
         tl.store(target + (y * (WIDTH * CHANNELS) + place), value.to(batch.dtype.element_ty), mask=mask)
 
 
-
-
 def check(images, index, flip, shift, corner, size, mean, std, dtype):
     """Raise ValueError for what the kernel would read or write wrongly, and RuntimeError where it cannot run."""
     if triton is None or images.device.type == 'cpu' and isinstance(_flip_crop_kernel, triton.JITFunction):

@@ -89,7 +89,7 @@ def test_each_script_runs_alone_in_another_folder(target, tmp_path, folder):
     path, log = only_log(tmp_path / 'logs')
     assert log['data']['path'] == 'cifar10' and log['script'] == f'{name}.py' and name in path.name
     assert log['summary']['target'] == target / 100 and f'target 0.{target}:' in done.stdout
-    for mistake, complaint in ((['--runs', '0'], '--runs must be'), (['--kernels', 'on'], "--kernels on needs the folder kernels")):
+    for mistake, complaint in ((['--runs', '0'], '--runs must be'), (['--kernels', 'on'], "--kernels on needs kernels/")):
         done = run_script(*mistake, cwd=tmp_path, script=tmp_path / f'{name}.py')
         assert done.returncode == 2 and done.stderr.startswith(f'{name}.py: {complaint}')
     assert f'{name}: train CIFAR-10 to {target}% in ' in run_script('--help', cwd=tmp_path, script=tmp_path / f'{name}.py').stdout

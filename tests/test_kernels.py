@@ -296,7 +296,7 @@ def test_the_scripts_use_the_kernels_where_they_can(choice, device, package, use
         monkeypatch.setattr(sys.modules['kernels'], 'require', lambda device: None)
     if package != 'ours':
         monkeypatch.setitem(sys.modules, 'kernels', package)
-        with pytest.raises(airbench94.UserError, match='--kernels on needs the folder kernels'):
+        with pytest.raises(airbench94.UserError, match='--kernels on needs kernels/'):
             airbench94.load_kernels('on', torch.device(device))
     functions = airbench94.load_kernels(choice, torch.device(device))
     assert functions == ((flip_crop, lookahead) if used else (airbench94.augment, airbench94.lookahead))
