@@ -59,7 +59,7 @@ def progress(items, what, total=None):
 
 def keep_freed_memory():
     """Let glibc keep what is freed, for the whole process: else each large tensor's pages go back to the kernel,
-    which zeroes them for the next tensor: about a fifth of a training step on the CPU. Elsewhere it does nothing."""
+    which zeroes them for the next tensor: over a quarter of a training step on the CPU. Elsewhere it does nothing."""
     if platform.libc_ver()[0] == 'glibc':
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)             # M_MMAP_MAX: no block gets pages of its own
