@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ NARROW = ['net.widths.block1=8', 'net.widths.block2=16', 'net.widths.block3=16',
 TINY = ['--device', 'cpu', *NARROW, 'opt.train_epochs=1']
 OFFLINE = os.environ | {'CIFAR10_URL': 'http://127.0.0.1:9/cifar-10-python.tar.gz'}     # where nobody listens
 ONE_THREAD = OFFLINE | {'OMP_NUM_THREADS': '1'}
+needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')),
+                                    reason='needs a C++ compiler, for torch.compile on the CPU')
 if not torch.cuda.is_available():       # then Triton's interpreter runs the kernels of this process, on the CPU
     os.environ['TRITON_INTERPRET'] = '1'
 

@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from torch._guards import TracingContext
 
 import airbench94
-from conftest import NARROW, OFFLINE, TINY, figures, load_log, run_script
+from conftest import NARROW, OFFLINE, TINY, figures, load_log, needs_compiler, run_script
 
 SCRIPTS = ['airbench94', 'airbench95', 'airbench96']
 
@@ -39,7 +39,7 @@ class Compiled:
         return [v.data_ptr() for v in self.faster['net'].state_dict().values()]
 
 
-@pytest.fixture(scope='module', params=SCRIPTS)
+@pytest.fixture(scope='module', params=[pytest.param(name, marks=needs_compiler) for name in SCRIPTS])
 def compiled(request, folder):
     return Compiled(request.param, folder)
 
@@ -69,6 +69,7 @@ def test_runs_share_the_networks_memory(compiled):
     assert compiled.where() == compiled.addresses
 
 
+@needs_compiler
 def test_from_the_command_line_with_interpreted_kernels(tmp_path, folder):
     small = [*TINY, 'opt.batch_size=16', 'aug.cutout=4', '--data', folder, '--runs', 2]
     env = OFFLINE | {'TRITON_INTERPRET': '1'}

@@ -4,10 +4,11 @@ import ast
 import re
 import shutil
 
+import pytest
 import torch
 
 import airbench94
-from conftest import NARROW, ROOT
+from conftest import NARROW, ROOT, needs_compiler
 
 README = (ROOT / 'README.md').read_text()
 SNIPPETS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
@@ -17,7 +18,9 @@ def code_lines(snippet):
     return [line for line in snippet.splitlines() if line.strip()]
 
 
-def test_the_python_examples_run(tmp_path, folder, monkeypatch, capsys):
+@pytest.fixture
+def example_set(tmp_path, folder, monkeypatch):
+    """A small set in the folder cifar10, a narrow network in hyp, and the CPU as the only device."""
     for key, (group, name) in airbench94.leaves(airbench94.override(airbench94.hyp, NARROW + ['opt.train_epochs=1'])):
         here, leaf = dict(airbench94.leaves(airbench94.hyp))[key]
         monkeypatch.setitem(here, leaf, group[name])
@@ -25,7 +28,10 @@ def test_the_python_examples_run(tmp_path, folder, monkeypatch, capsys):
     monkeypatch.setattr(airbench94.torch.backends.mps, 'is_available', lambda: False)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, 'cifar10')
-    subset, save, many = SNIPPETS
+
+
+def test_the_python_examples_run(example_set, capsys):
+    subset, save, _ = SNIPPETS
     assert len(code_lines(subset)) <= 15 and len(code_lines(save)) <= 6
     names = {}
     exec(subset, names)
@@ -35,9 +41,17 @@ def test_the_python_examples_run(tmp_path, folder, monkeypatch, capsys):
     assert names['predictions'].shape == (60,)
     accuracy = (names['predictions'] == names['test_loader'].labels).float().mean().item()
     assert abs(accuracy - names['record']['tta_val_acc']) < 1e-6
+
+
+@needs_compiler
+def test_the_compiled_python_example_runs(example_set, capsys):
+    subset, _, many = SNIPPETS
+    names = {}
+    exec(subset, names)
     exec(many, names)
-    assert len(names['kept']) == 2 and not any(torch.equal(*(state[key] for state in names['kept']))
-                                               for key in names['kept'][0] if key.endswith('conv.weight'))
+    assert re.search(r'compiled in [0-9.]+ seconds', capsys.readouterr().out)
+    first, second = names['kept']
+    assert not any(torch.equal(value, second[key]) for key, value in first.items() if key.endswith('conv.weight'))
 
 
 def test_the_set_up_is_what_ci_and_the_script_need():
