@@ -47,6 +47,10 @@ from tqdm import tqdm
 class UserError(ValueError):
     """A mistake that the user can mend. The command line prints the message, one line, and exits with 2."""
 
+def brief(error, lines=1):
+    """The first lines of an error's text, as one."""
+    return ' '.join((str(error).strip() or repr(error)).splitlines()[:lines])
+
 def clock(device):
     """Wall-clock seconds, read when `device` has finished all that it was given."""
     if device.type != 'cpu':
@@ -445,10 +449,6 @@ def compiled(hyp=hyp, num_classes=10, *, device, dtype):
     return {'net': make_net(hyp, num_classes, device=device, dtype=dtype), 'fused': True,
             'forward': torch.compile(forward, **options), 'compute_loss': torch.compile(compute_loss, **options)}
 
-def brief(error):
-    """The first two lines of an error's text, as one."""
-    return ' '.join((str(error).strip() or repr(error)).splitlines()[:2])
-
 def tail(loader, n):
     """A copy of `loader` with its last n images alone, or all."""
     loader = copy.copy(loader)
@@ -463,7 +463,7 @@ def compile_ahead(train_loader, test_loader, hyp, faster):
     try:
         train(*few, hyp | {'opt': opt}, **faster)
     except Exception as error:      # of many kinds, by what is missing
-        raise UserError(f'--compile: {brief(error)}')
+        raise UserError(f'--compile: {brief(error, 2)}')
     return time.perf_counter() - start
 
 def load_kernels(choice, device):
@@ -475,8 +475,8 @@ def load_kernels(choice, device):
             return flip_crop, lookahead_kernel
         except Exception as error:      # of many kinds, by what is missing
             if choice == 'on':
-                raise UserError(f'--kernels on needs kernels/ beside this script, Triton and a GPU: {brief(error)}')
-            print(f'kernels of torch instead of Triton: {brief(error)}\n', end='', flush=True)
+                raise UserError(f'--kernels on needs kernels/ beside this script, Triton and a GPU: {brief(error, 2)}')
+            print(f'kernels of torch instead of Triton: {brief(error, 2)}\n', end='', flush=True)
     return augment, lookahead
 
 #### Data sources ##################################################################################
@@ -550,7 +550,7 @@ def read_split(path, train):
     except FileNotFoundError:
         raise UserError(f"no data in {path}: looked for {' + '.join(CACHES)}, {BATCHES} and {ARCHIVE}")
     except Exception as error:      # damaged files fail in many ways
-        raise UserError(f'cannot read {path}: {(str(error) or repr(error)).splitlines()[0]}')
+        raise UserError(f'cannot read {path}: {brief(error)}')
 
 def load_data(path, train=True):
     """A split as {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'}.
@@ -838,17 +838,18 @@ def main(argv=None):
     data, settings = agree(rank, ranks, lambda: rank > 0 or choose_data(args))[0]
     prepared = []   # filled, and not returned: what is returned is sent to all ranks
     agree(rank, ranks, lambda: prepared.extend(prepare(args, data, settings, device, dtype)))
-    start = lambda: rank > 0 or open_log(args, describe(args, ranks, data, settings, *prepared[:2]))
+    *loaders, faster = prepared
+    start = lambda: rank > 0 or open_log(args, describe(args, ranks, data, settings, *loaders))
     folder, log, missing = agree(rank, ranks, start)[0]
     if args.compile:
         print('compiling, which can take minutes\n' * (rank == 0), end='', flush=True)
-        seconds = agree(rank, ranks, lambda: compile_ahead(*prepared[:2], settings, prepared[2]) if missing else 0)
+        seconds = agree(rank, ranks, lambda: compile_ahead(*loaders, settings, faster) if missing else 0)
         log['compile_seconds'] = max(seconds)
         print('compiled in {compile_seconds:.0f} s\n'.format(**log) * (rank == 0), end='', flush=True)
     if rank == 0:
         signal.signal(signal.SIGTERM, signal.default_int_handler)   # a scheduler's or torchrun's Ctrl-C
     try:
-        train_runs(missing[rank::ranks], folder, log, *prepared, verbose=rank == 0)
+        train_runs(missing[rank::ranks], folder, log, *loaders, faster, verbose=rank == 0)
         everyone = dist.barrier(async_op=True) if ranks > 1 else None
         while everyone and not everyone.is_completed():     # a wait that Ctrl-C can end
             time.sleep(0.1)

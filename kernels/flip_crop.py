@@ -12,7 +12,7 @@ How: a program is one warp and one image. It walks down the image in tiles of 8 
 fills 96; a column is a channel of a pixel, so that source column, mean and deviation are computed once for all rows.
 Eight neighbouring outputs belong to a thread, which stores 16 bytes at once. Compiled for an A100, half precision (see
 tests/machine_code.py): 64 registers and 59,000 instructions, counted by threads, an image; with cutout 92 and 80,000;
-no spills. A flat block of pixels needs 145,000, as it computes columns anew for each pixel.
+no spills. A flat block of pixels would compute columns anew for each pixel.
 
 A bound, not a measurement: the bytes of a batch of 1024 take 6.3 microseconds at 1.5 TB/s. No GPU has run this yet.
 """
@@ -97,7 +97,7 @@ def _flip_crop_kernel(batch, images, index, flip, shift, corner, mean, std, size
 
 def check(images, index, flip, shift, corner, size, mean, std, dtype):
     """Raise ValueError for what the kernel would read or write wrongly, and RuntimeError where it cannot run."""
-    if triton is None or images.device.type == 'cpu' and isinstance(_flip_crop_kernel, triton.JITFunction):
+    if triton is None or images.device.type != ('cuda' if isinstance(_flip_crop_kernel, triton.JITFunction) else 'cpu'):
         raise RuntimeError('flip_crop needs Triton and a GPU, or TRITON_INTERPRET=1 before it is imported')
     if size < 0:
         raise ValueError(f'size={size}: must not be negative')

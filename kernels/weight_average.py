@@ -130,7 +130,8 @@ def _mean_kernel(table, networks, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 
 def check(averages, weights):
     """Raise ValueError, which names the tensor, unless the lists match: shapes, dtypes, device, dense equal layouts."""
-    if triton is None or averages and averages[0].device.type == 'cpu' and isinstance(_lerp_kernel, triton.JITFunction):
+    if triton is None or averages and averages[0].device.type != (
+            'cuda' if isinstance(_lerp_kernel, triton.JITFunction) else 'cpu'):
         raise RuntimeError('averaging needs Triton and a GPU, or TRITON_INTERPRET=1 before it is imported')
     if len(averages) != len(weights):
         raise ValueError(f'lists of {len(averages)} and {len(weights)} tensors')

@@ -196,6 +196,17 @@ def test_averaging_writes_its_tensors_alone(first, n, dtype):
         assert (buffer[:first] == POISON).all() and (buffer[first + n:] == POISON).all()
 
 
+def test_tensors_where_the_kernels_do_not_run_are_refused():
+    """Addresses on another device must reach neither the interpreter nor a GPU."""
+    images, *draws_ = (v.to('meta') for v in draws(4, 8, 3, seed=0)[:4])
+    with pytest.raises(RuntimeError, match='flip_crop needs Triton and a GPU, or TRITON_INTERPRET=1'):
+        flip_crop(images, *draws_, mean=MEAN, std=STD, dtype=torch.float32)
+    a = [torch.zeros(8, device='meta')]
+    for call in (lambda: lookahead(a, a, 0.5), lambda: running_mean(a, a, 1), lambda: mean(a, [a])):
+        with pytest.raises(RuntimeError, match='averaging needs Triton and a GPU, or TRITON_INTERPRET=1'):
+            call()
+
+
 def test_lists_that_do_not_match_are_named():
     a, b = torch.zeros(4, device=DEVICE), torch.zeros(2, 3, 4, 4, device=DEVICE)
     wrong = {'shapes': b[:1], 'float64': b.double(), 'on .* and meta': b.to('meta'),
