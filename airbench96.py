@@ -19,6 +19,7 @@ import argparse
 import copy
 import ctypes
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -319,6 +320,8 @@ def lookahead(averages, weights, decay):
     torch._foreach_copy_(weights, averages)
 
 #### Evaluation ####################################################################################
+TTA_VIEWS = (1, 2, 6)   # how many, by level
+
 def tta_views(inputs, tta_level):
     """Test-time augmentation (section 3.5): (weight, view) pairs for a batch (N, C, H, W).
     Level 0 is the batch; 1 adds its mirror image, with the same weight; 2 adds both of them moved by a
@@ -353,7 +356,7 @@ def evaluate(net, loader, tta_level=0, forward=forward):
     """Accuracy in [0, 1] on the loader's images."""
     return accuracy(infer(net, loader, tta_level, forward), loader.labels)
 
-#### Training ######################################################################################
+#### Loss ##########################################################################################
 def compute_loss(net, inputs, labels, label_smoothing):
     """A batch's summed loss and its outputs (B, num_classes), detached, on the device."""
     outputs = net(inputs)
@@ -361,6 +364,18 @@ def compute_loss(net, inputs, labels, label_smoothing):
     loss = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))   # fp16 is too coarse
     return loss, outputs.detach()
 
+#### Operations ####################################################################################
+def flop_per_image(hyp, num_classes):
+    """Floating-point operations that an image costs, by torch's counter: (in a training step, without gradient)."""
+    net = make_net(hyp, num_classes, device='meta', dtype=torch.float32)
+    image = torch.empty(1, 3, 32, 32, device='meta')
+    with FlopCounterMode(display=False) as of_training:
+        net(image).sum().backward()
+    with FlopCounterMode(display=False) as of_view, torch.no_grad():
+        net(image)
+    return of_training.get_total_flops(), of_view.get_total_flops()
+
+#### Training ######################################################################################
 def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=compute_loss):
     """One step of SGD. Returns what compute_loss does, detached."""
     loss, outputs = compute_loss(net, inputs, labels, label_smoothing)
@@ -429,16 +444,11 @@ def train(train_loader, test_loader, hyp=hyp, seed=0, on_epoch=lambda row: None,
     return net, record
 
 def count_pflop(train_loader, test_loader, hyp):
-    """PFLOP (1e15 operations) of one run, training and TTA, counted on the meta device."""
-    steps = math.ceil(len(train_loader) * hyp['opt']['train_epochs'])
-    net = make_net(hyp, len(train_loader.classes), device='meta', dtype=torch.float32)
-    inputs = torch.empty(train_loader.batch_size, 3, *train_loader.images.shape[1:3], device='meta')
-    with FlopCounterMode(display=False) as of_step:
-        net(inputs).sum().backward()
-    with FlopCounterMode(display=False) as of_view, torch.no_grad():
-        net.eval()(inputs[:1])
-    of_image = of_view.get_total_flops() * len(tta_views(inputs[:1], hyp['net']['tta_level']))
-    return 1e-15 * (steps * of_step.get_total_flops() + len(test_loader.images) * of_image)
+    """PFLOP (1e15 operations) of one run, training and TTA."""
+    of_training, of_view = flop_per_image(hyp, len(train_loader.classes))
+    images = math.ceil(len(train_loader) * hyp['opt']['train_epochs']) * train_loader.batch_size
+    views = len(test_loader.images) * TTA_VIEWS[hyp['net']['tta_level']]
+    return 1e-15 * (images * of_training + views * of_view)
 
 #### Fast path #####################################################################################
 def compiled(hyp=hyp, num_classes=10, *, device, dtype):
@@ -454,17 +464,6 @@ def tail(loader, n):
     loader = copy.copy(loader)
     loader.images, loader.labels = loader.images[-n:], loader.labels[-n:]
     return loader
-
-def compile_ahead(train_loader, test_loader, hyp, faster):
-    """Compile all that a run needs, by a short one. Returns its seconds. Raises UserError if that fails."""
-    start, size = time.perf_counter(), test_loader.batch_size
-    few = tail(train_loader, 3 * train_loader.batch_size), tail(test_loader, size + len(test_loader.labels) % size)
-    opt = hyp['opt'] | {'train_epochs': 2, 'whiten_bias_epochs': 1, 'lr': 0.01 * hyp['opt']['lr']}
-    try:
-        train(*few, hyp | {'opt': opt}, **faster)
-    except Exception as error:      # of many kinds, by what is missing
-        raise UserError(f'--compile: {brief(error, 2)}')
-    return time.perf_counter() - start
 
 def load_kernels(choice, device):
     """(augment, lookahead) for --kernels. Raises UserError for kernels that must be used and cannot."""
@@ -604,19 +603,85 @@ def summarize(runs, target):
             'target': target, 'failed': len(runs) - len(accs)}
 
 def print_summary(log):
-    summary, seconds = log['summary'], [run['seconds'] for run in log['runs'] if 'failed' not in run]
+    summary, runs = log['summary'], [run for run in log['runs'] if 'failed' not in run]
     print('runs finished: {n}, failed: {failed}'.format(**summary))
-    if seconds:
+    if runs:
+        seconds, pflop = (np.mean([run.get(key, log.get(key)) for run in runs]) for key in ('seconds', 'pflop'))
         calls = [log, *log['resumed']]
         device, kernels = (' and '.join(sorted({call[key] for call in calls})) for key in ('device', 'kernels'))
         spread = 'std {std:.4f}, 95% interval of the mean {ci95[0]:.4f} to {ci95[1]:.4f}, one-sided p = {p_value:.2g}'
         verdict = spread if summary['ci95'] else 'one run proves nothing' if summary['n'] == 1 else 'all runs equal'
         print(('mean accuracy with TTA {mean:.4f}, target {target}: ' + verdict).format(**summary))
-        print(f"{np.mean(seconds):.2f} seconds, {log['pflop']:.3g} PFLOP a run; "
+        print(f"{seconds:.2f} seconds, {pflop:.3g} PFLOP a run; "
               f"{device}, {log['dtype']}, {log['mode']}, kernels of {kernels}\n"
               'on the clock: from first access to the training data to test-set predictions, without validation')
     if not log['data']['is_cifar10']:
         print(f"this is no CIFAR-10 figure: the data is {log['data']['path']}")
+
+def digest(*loaders):
+    """SHA-256 of the loaders' images and labels, in hexadecimal."""
+    return hashlib.sha256(b''.join(values.cpu().numpy().tobytes() for loader in loaders
+                                   for values in (loader.images, loader.labels))).hexdigest()
+
+def describe(args, ranks, data, hyp, train_loader, test_loader, pflop):
+    """log.json before its runs."""
+    script, device, sizes = Path(__file__), train_loader.device, (len(train_loader.labels), len(test_loader.labels))
+    commit = subprocess.run('git describe --always --exclude=* --abbrev=40 --dirty', shell=True, cwd=script.parent,
+                            capture_output=True, text=True).stdout.strip()
+    return {
+        'script': script.name, 'argv': sys.argv, 'source': script.read_text(), 'hyp': hyp, 'seed': args.seed,
+        'data': {'path': data, 'train': sizes[0], 'test': sizes[1], 'classes': train_loader.classes,
+                 'sha256': digest(train_loader, test_loader),
+                 'is_cifar10': train_loader.classes == CIFAR_CLASSES and sizes == (50000, 10000)},
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} '
+                  f'{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads',
+        'dtype': str(train_loader.dtype).removeprefix('torch.'),
+        'versions': {'python': sys.version} | {m.__name__: str(m.__version__) for m in (torch, torchvision, np)},
+        'kernels': 'torch' if train_loader.augment is augment else 'Triton',
+        'mode': 'compiled' if args.compile else 'eager',
+        'commit': commit or None, 'pflop': pflop, 'ranks': ranks,
+        'wanted': 1 if device.type == 'cpu' else 25, 'resumed': [], 'runs': []}
+
+def resume(folder, log):
+    """The log in `folder` with the call that `log` describes. Raises UserError if they do not fit together."""
+    try:
+        old = json.loads((folder / 'log.json').read_text())
+        then, now = ({name: group[key] for name, (group, key) in leaves(tree)} for tree in (old, log))
+    except (ValueError, AttributeError):
+        raise UserError(f'--resume {folder}: its log.json is damaged, or none of ours')
+    of_a_call = ('argv', 'ranks', 'device', 'versions', 'kernels', 'commit')
+    free = (*of_a_call, 'script', 'pflop', 'wanted', 'resumed', 'runs')
+    differ = [name for name in now if name.split('.')[0] not in free and now[name] != then.get(name)]
+    if differ:
+        raise UserError(f"--resume {folder}: the log there has another {', '.join(differ)}")
+    return old | {'resumed': [*old['resumed'], {key: log[key] for key in of_a_call}]}
+
+def open_log(args, log):
+    """Start `log`, or find the one to resume. Returns (its folder, the log, the numbers of the runs that it lacks)."""
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}-{os.urandom(3).hex()}"
+    folder = Path(args.resume or Path(args.log, name))
+    about = '{data[path]}: {data[train]} + {data[test]} images; {device}, {dtype}, {mode}, kernels of {kernels}'
+    about = about.format(**log)     # this call's: a log that is resumed keeps the first one's
+    if (folder / 'log.json').exists():
+        log = resume(folder, log)
+    elif folder.is_file() or any(entry.suffix != '.tmp' for entry in folder.glob('*')):
+        raise UserError(f'--resume {folder}: neither a log nor an empty folder')
+    log['wanted'] = args.runs or log['wanted']
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / 'log.json', log)
+    (folder / 'runs').mkdir(exist_ok=True)
+    (folder / log['script']).write_text(log['source'])
+    missing = sorted(set(range(log['wanted'])) - {int(path.stem) for path in folder.glob('runs/[0-9]*.json')})
+    print(f'{about}\n{len(missing)} of {log["wanted"]} runs to make; log in {folder}', flush=True)
+    return folder, log, missing
+
+def close_log(folder, log):
+    """Add all ranks' finished runs and their summary to the log, and print the summary."""
+    files = sorted(folder.glob('runs/[0-9]*.json'), key=lambda path: int(path.stem))
+    log['runs'] = [json.loads(path.read_text()) for path in files]
+    log['summary'] = summarize(log['runs'], log['hyp']['target'])
+    write_json(folder / 'log.json', log)
+    print_summary(log)
 
 #### Ranks #########################################################################################
 def join_ranks():
@@ -655,13 +720,17 @@ def agree(rank, ranks, action, *args):
             raise UserError(f'rank {i}: {error}' if i else error)
     return [result for result, _ in everywhere]
 
-#### Command line ##################################################################################
+#### Limits ########################################################################################
 LIMITS = {      # of values in hyp, both included; other floats go from 0, other ints from 1, to 1e9
     'target': (0, 1), 'opt.train_epochs': (1e-9, 1e9), 'opt.lr': (1e-9, 1e9), 'opt.momentum': (0.001, 0.999),
     'opt.bias_scaler': (1e-9, 1e9), 'opt.label_smoothing': (0, 1), 'opt.whiten_bias_epochs': (0, 1e9),
     'opt.schedule.peak_at': (0, 1), 'opt.lookahead.decay': (0, 1), 'aug.translate': (0, 31), 'aug.cutout': (0, 31),
     'net.depth': (2, 9), 'net.batchnorm_momentum': (0, 1), 'net.whiten_kernel': (1, 9), 'net.tta_level': (0, 2)}
 
+# What --data digits sets: no mirrored digits.
+DIGITS = ['opt.train_epochs=5', 'opt.batch_size=64', 'aug.flip=False', 'net.tta_level=0']
+
+#### Command line ##################################################################################
 def leaves(tree, prefix=''):
     """Yield ('opt.lr', (tree['opt'], 'lr')) and the like for all values of nested dicts."""
     for name, value in tree.items():
@@ -691,41 +760,6 @@ def override(hyp, assignments):
         group[name] = value
     return hyp
 
-def pick_device(name=None):
-    """(device, dtype) to train on; by default the best there is. Raises UserError if `name` is not there."""
-    name = name or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' else name    # by torchrun, a GPU each
-    try:
-        torch.zeros(1, device=name).item()
-    except Exception:       # of many kinds, by what torch was built with
-        raise UserError(f'--device {name}: there is no such device here')
-    device = torch.device(name)
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)   # CUDA graphs synchronize the current one
-    return device, torch.float16 if device.type == 'cuda' else torch.float32
-
-def parse_args(argv):
-    def error(message):
-        raise UserError(message)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = error
-    parser.add_argument('--runs', type=int, help='how many trainings (default: 25, on the CPU 1)')
-    parser.add_argument('--data', help="folder of an image set, or 'digits' (default: cifar10, downloaded into it)")
-    parser.add_argument('--device', help='cuda, cuda:1, mps or cpu (default: the best that is there)')
-    parser.add_argument('--seed', type=int, default=0, help='run i has the seed SEED + i (default: 0)')
-    parser.add_argument('--log', default='logs', help='where this call makes a folder for its log (default: logs)')
-    parser.add_argument('--resume', metavar='DIR', help='make the runs that the log in DIR lacks, or start it')
-    parser.add_argument('--kernels', choices=('auto', 'on', 'off'), default='auto', help='kernels/ (auto: on a GPU)')
-    parser.add_argument('--compile', action='store_true', help='train by torch.compile: for many runs on a GPU')
-    parser.add_argument('overrides', nargs='*', metavar='KEY=VALUE')
-    args = parser.parse_intermixed_args(argv)
-    if args.runs is not None and args.runs < 1 or not 0 <= args.seed < 2**32:
-        raise UserError('--runs must be at least 1, --seed from 0 to 4294967295')
-    return args
-
-#### Main ##########################################################################################
-DIGITS = ['opt.train_epochs=5', 'opt.batch_size=64', 'aug.flip=False', 'net.tta_level=0']   # no mirrored digits
-
 def choose_data(args):
     """(data, hyp) as the user wants them; if no data is named and CIFAR-10 cannot be had, those of the digits."""
     if args.data is not None:
@@ -739,68 +773,62 @@ def choose_data(args):
               f'{DIGITS}.\n*** For CIFAR-10, put it into the folder cifar10 or set CIFAR10_URL.\n', flush=True)
         return 'digits', override(settings, DIGITS)
 
-def prepare(args, data, hyp, device, dtype):
+def pick_device(name=None):
+    """(device, dtype) to train on; by default the best there is. Raises UserError if `name` is not there."""
+    name = name or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' else name    # by torchrun, a GPU each
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception:       # of many kinds, by what torch was built with
+        raise UserError(f'--device {name}: there is no such device here')
+    device = torch.device(name)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)   # CUDA graphs synchronize the current one
+    return device, torch.float16 if device.type == 'cuda' else torch.float32
+
+def parse_args(argv, add_options=lambda parser: None):
+    def error(message):
+        raise UserError(message)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = error
+    parser.add_argument('--runs', type=int, help='how many trainings (default: 25, on the CPU 1)')
+    parser.add_argument('--data', help="folder of an image set, or 'digits' (default: cifar10, downloaded into it)")
+    parser.add_argument('--device', help='cuda, cuda:1, mps or cpu (default: the best that is there)')
+    parser.add_argument('--seed', type=int, default=0, help='run i has the seed SEED + i (default: 0)')
+    parser.add_argument('--log', default='logs', help='where this call makes a folder for its log (default: logs)')
+    parser.add_argument('--resume', metavar='DIR', help='make the runs that the log in DIR lacks, or start it')
+    parser.add_argument('--kernels', choices=('auto', 'on', 'off'), default='auto', help='kernels/ (auto: on a GPU)')
+    parser.add_argument('--compile', action='store_true', help='train by torch.compile: for many runs on a GPU')
+    parser.add_argument('overrides', nargs='*', metavar='KEY=VALUE')
+    add_options(parser)
+    args = parser.parse_intermixed_args(argv)
+    if args.runs is not None and args.runs < 1 or not 0 <= args.seed < 2**32:
+        raise UserError('--runs must be at least 1, --seed from 0 to 4294967295')
+    return args
+
+def prepare(args, data, hyp, batch_size, device, dtype):
     """(training loader, test loader, `train`'s arguments by which it is faster). Raises UserError if the sets' classes
     differ, and as CifarLoader and load_kernels do."""
     augment, lookahead = load_kernels(args.kernels, device)
     options = {'device': device, 'dtype': dtype}
-    train_loader = CifarLoader(data, True, hyp['opt']['batch_size'], hyp['aug'], augment=augment, **options)
+    train_loader = CifarLoader(data, True, batch_size, hyp['aug'], augment=augment, **options)
     test_loader = CifarLoader(data, False, 2000, **options)
     if train_loader.classes != test_loader.classes:
         raise UserError(f'{data}: training and test set have different classes')
     faster = compiled(hyp, len(train_loader.classes), **options) if args.compile else {}
     return train_loader, test_loader, faster | {'lookahead': lookahead}
 
-def describe(args, ranks, data, hyp, train_loader, test_loader):
-    """log.json before its runs."""
-    script, device, sizes = Path(__file__), train_loader.device, (len(train_loader.labels), len(test_loader.labels))
-    commit = subprocess.run('git describe --always --exclude=* --abbrev=40 --dirty', shell=True, cwd=script.parent,
-                            capture_output=True, text=True).stdout.strip()
-    return {
-        'script': script.name, 'argv': sys.argv, 'source': script.read_text(), 'hyp': hyp, 'seed': args.seed,
-        'data': {'path': data, 'train': sizes[0], 'test': sizes[1], 'classes': train_loader.classes,
-                 'is_cifar10': train_loader.classes == CIFAR_CLASSES and sizes == (50000, 10000)},
-        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} '
-                  f'{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads',
-        'dtype': str(train_loader.dtype).removeprefix('torch.'),
-        'versions': {'python': sys.version} | {m.__name__: str(m.__version__) for m in (torch, torchvision, np)},
-        'kernels': 'torch' if train_loader.augment is augment else 'Triton',
-        'mode': 'compiled' if args.compile else 'eager',
-        'commit': commit or None, 'pflop': count_pflop(train_loader, test_loader, hyp),
-        'ranks': ranks, 'wanted': 1 if device.type == 'cpu' else 25, 'resumed': [], 'runs': []}
-
-def resume(folder, log):
-    """The log in `folder` with the call that `log` describes. Raises UserError if they do not fit together."""
+#### Main ##########################################################################################
+def compile_ahead(train_loader, test_loader, hyp, faster):
+    """Compile all that a run needs, by a short one. Returns its seconds. Raises UserError if that fails."""
+    start, size = time.perf_counter(), test_loader.batch_size
+    few = tail(train_loader, 3 * train_loader.batch_size), tail(test_loader, size + len(test_loader.labels) % size)
+    opt = hyp['opt'] | {'train_epochs': 2, 'whiten_bias_epochs': 1, 'lr': 0.01 * hyp['opt']['lr']}
     try:
-        old = json.loads((folder / 'log.json').read_text())
-        then, now = ({name: group[key] for name, (group, key) in leaves(tree)} for tree in (old, log))
-    except (ValueError, AttributeError):
-        raise UserError(f'--resume {folder}: its log.json is damaged, or none of ours')
-    same = ('source', 'hyp', 'seed', 'data', 'dtype', 'mode')
-    differ = [name for name in now if name.split('.')[0] in same and now[name] != then.get(name)]
-    if differ:
-        raise UserError(f"--resume {folder}: the log there has another {', '.join(differ)}")
-    this = {key: log[key] for key in ('argv', 'ranks', 'device', 'versions', 'kernels', 'commit')}
-    return old | {'resumed': [*old['resumed'], this]}
-
-def open_log(args, log):
-    """Start `log`, or find the one to resume. Returns (its folder, the log, the numbers of the runs that it lacks)."""
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}-{os.urandom(3).hex()}"
-    folder = Path(args.resume or Path(args.log, name))
-    about = '{data[path]}: {data[train]} + {data[test]} images; {device}, {dtype}, {mode}, kernels of {kernels}'
-    about = about.format(**log)     # this call's: a log that is resumed keeps the first one's
-    if (folder / 'log.json').exists():
-        log = resume(folder, log)
-    elif folder.is_file() or any(entry.suffix != '.tmp' for entry in folder.glob('*')):
-        raise UserError(f'--resume {folder}: neither a log nor an empty folder')
-    log['wanted'] = args.runs or log['wanted']
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / 'log.json', log)
-    (folder / 'runs').mkdir(exist_ok=True)
-    (folder / log['script']).write_text(log['source'])
-    missing = sorted(set(range(log['wanted'])) - {int(path.stem) for path in folder.glob('runs/[0-9]*.json')})
-    print(f'{about}\n{len(missing)} of {log["wanted"]} runs to make; log in {folder}', flush=True)
-    return folder, log, missing
+        train(*few, hyp | {'opt': opt}, **faster)
+    except Exception as error:      # of many kinds, by what is missing
+        raise UserError(f'--compile: {brief(error, 2)}')
+    return time.perf_counter() - start
 
 def train_runs(runs, folder, log, train_loader, test_loader, faster, verbose):
     """Train `runs`, a list of numbers, and write their records into `folder`. verbose: print each epoch's row."""
@@ -818,14 +846,6 @@ def train_runs(runs, folder, log, train_loader, test_loader, faster, verbose):
         if 'failed' in record:
             print('run {} failed at step {step}: {reason}\n'.format(run, **record['failed']), end='', flush=True)
 
-def close_log(folder, log):
-    """Add all ranks' finished runs and their summary to the log, and print the summary."""
-    files = sorted(folder.glob('runs/[0-9]*.json'), key=lambda path: int(path.stem))
-    log['runs'] = [json.loads(path.read_text()) for path in files]
-    log['summary'] = summarize(log['runs'], log['hyp']['target'])
-    write_json(folder / 'log.json', log)
-    print_summary(log)
-
 def main(argv=None):
     rank, ranks = join_ranks()
     if rank > 0:
@@ -837,10 +857,11 @@ def main(argv=None):
         print(f'rank 0 of {ranks} prepares data and log; the others wait', flush=True)
     data, settings = agree(rank, ranks, lambda: rank > 0 or choose_data(args))[0]
     prepared = []   # filled, and not returned: what is returned is sent to all ranks
-    agree(rank, ranks, lambda: prepared.extend(prepare(args, data, settings, device, dtype)))
+    batch_size = settings['opt']['batch_size']
+    agree(rank, ranks, lambda: prepared.extend(prepare(args, data, settings, batch_size, device, dtype)))
     *loaders, faster = prepared
-    start = lambda: rank > 0 or open_log(args, describe(args, ranks, data, settings, *loaders))
-    folder, log, missing = agree(rank, ranks, start)[0]
+    about = lambda: describe(args, ranks, data, settings, *loaders, count_pflop(*loaders, settings))
+    folder, log, missing = agree(rank, ranks, lambda: rank > 0 or open_log(args, about()))[0]
     if args.compile:
         print('compiling, which can take minutes\n' * (rank == 0), end='', flush=True)
         seconds = agree(rank, ranks, lambda: compile_ahead(*loaders, settings, faster) if missing else 0)

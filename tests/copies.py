@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ORIGINAL = 'airbench94.py'
 LOCAL = {'Header', 'Hyperparameters'}
-SHARED = {'Setup', 'Augmentation and loader', 'Network', 'Whitening', 'Optimizer', 'Lookahead', 'Evaluation',
-          'Training', 'Fast path', 'Data sources', 'Log', 'Ranks', 'Command line', 'Main'}
+SHARED = {'Setup', 'Augmentation and loader', 'Network', 'Whitening', 'Optimizer', 'Lookahead', 'Evaluation', 'Loss',
+          'Operations', 'Training', 'Fast path', 'Data sources', 'Log', 'Ranks', 'Limits', 'Command line', 'Main'}
 COPIES = {'airbench95.py': (SHARED, LOCAL), 'airbench96.py': (SHARED, LOCAL)}
 
 
