@@ -749,11 +749,11 @@ def parse_args(argv, options={}):
         raise UserError('--runs must be at least 1, --seed from 0 to 4294967295')
     return args
 
-def prepare(args, data, hyp, batch_size, device, dtype):
+def prepare(args, data, hyp, opt, device, dtype):
     """(training loader, test loader, `train`'s faster functions). Raises UserError if the sets' classes differ."""
     augment, lookahead = load_kernels(args.kernels, device)
     options = {'device': device, 'dtype': dtype}
-    train_loader = CifarLoader(data, True, batch_size, hyp['aug'], augment=augment, **options)
+    train_loader = CifarLoader(data, True, opt['batch_size'], hyp['aug'], augment=augment, **options)
     test_loader = CifarLoader(data, False, 2000, **options)
     if train_loader.classes != test_loader.classes:
         raise UserError(f'{data}: training and test set have different classes')
@@ -805,8 +805,7 @@ def main(argv=None):
         print(f'rank 0 of {ranks} prepares data and log; the others wait', flush=True)
     data, settings = agree(rank, ranks, lambda: rank > 0 or choose_data(args))[0]
     prepared = []   # filled, and not returned: what is returned is sent to all ranks
-    batch_size = settings['opt']['batch_size']
-    agree(rank, ranks, lambda: prepared.extend(prepare(args, data, settings, batch_size, device, dtype)))
+    agree(rank, ranks, lambda: prepared.extend(prepare(args, data, settings, settings['opt'], device, dtype)))
     *loaders, faster = prepared
     about = lambda: describe(args, ranks, data, settings, *loaders, count_pflop(*loaders, settings))
     folder, log, missing = agree(rank, ranks, lambda: rank > 0 or open_log(args, about()))[0]

@@ -892,11 +892,11 @@ def parse_args(argv, options={}):
         raise UserError('--runs must be at least 1, --seed from 0 to 4294967295')
     return args
 
-def prepare(args, data, hyp, batch_size, device, dtype):
+def prepare(args, data, hyp, opt, device, dtype):
     """(training loader, test loader, `train`'s faster functions). Raises UserError if the sets' classes differ."""
     augment, lookahead = load_kernels(args.kernels, device)
     options = {'device': device, 'dtype': dtype}
-    train_loader = CifarLoader(data, True, batch_size, hyp['aug'], augment=augment, **options)
+    train_loader = CifarLoader(data, True, opt['batch_size'], hyp['aug'], augment=augment, **options)
     test_loader = CifarLoader(data, False, 2000, **options)
     if train_loader.classes != test_loader.classes:
         raise UserError(f'{data}: training and test set have different classes')
@@ -948,7 +948,7 @@ def print_table(runs):
     """Print SWAP's Table 1: means over the runs, standard deviations; seconds and PFLOP are since a run's start."""
     runs, costs = [run for run in runs if 'failed' not in run], np.zeros(3)
     ends = lambda models: [model['epochs'][-1]['val_acc'] for model in models if not model['failed']]
-    print(f'{"":24}    n  val_acc     std   seconds  PFLOP of longest rank   of all')
+    print(f'{"":24}    n  val_acc     std   seconds  PFLOP of longest rank   of all' if runs else 'no run was finished')
     for name, phase, accs in (('after phase 1', 'phase1', ends(run['joint'] for run in runs)),
                               ('workers before averaging', 'phase2', ends(w for run in runs for w in run['workers'])),
                               ('at the end', 'phase3', [run['val_acc'] for run in runs])):
@@ -966,8 +966,7 @@ def main(argv=None):
     device, dtype = agree(rank, ranks, pick_device, args.device)[rank]
     data, settings = agree(rank, ranks, lambda: rank > 0 or choose_data(args))[0]
     prepared = []   # filled, and not returned: what is returned is sent to all ranks
-    batch_size = settings['phase1']['batch_size']
-    agree(rank, ranks, lambda: prepared.extend(prepare(args, data, settings, batch_size, device, dtype)))
+    agree(rank, ranks, lambda: prepared.extend(prepare(args, data, settings, settings['phase1'], device, dtype)))
     *loaders, faster = prepared
     team_size = agree(rank, ranks, check_settings, settings, ranks, len(loaders[0].images), args.method)[rank]
     log = describe(args, ranks, data, settings, *loaders, None) | {'method': args.method, 'curve': args.curve}
@@ -978,8 +977,9 @@ def main(argv=None):
     everyone, team = form_teams(rank, ranks, team_size, device)
     options = {'method': args.method, 'everyone': everyone, 'team': team, **faster}
     if missing and (args.compile or device.type != 'cpu'):
-        seconds = rehearse(*loaders, settings, **options)
-        print(f'ready in {seconds:.0f} s\n' * (rank == 0), end='', flush=True)
+        print('getting ready, which can take minutes\n' * (rank == 0), end='', flush=True)
+        log['compile_seconds'] = rehearse(*loaders, settings, **options)
+        print(f"ready in {log['compile_seconds']:.0f} s\n" * (rank == 0), end='', flush=True)
     try:
         print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True) if rank == 0 else None
         for run in missing:

@@ -19,6 +19,8 @@ import airbench94
 
 torch.set_num_threads(1)    # the tests' networks are so small that a second thread would only wait
 NARROW = ['net.widths.block1=8', 'net.widths.block2=16', 'net.widths.block3=16', 'opt.batch_size=32']
+SWAP = ['net.widths.block1=8', 'net.widths.block2=16', 'net.widths.block3=16', 'phase1.batch_size=32', 'phase1.shards=2',
+        'phase2.batch_size=20', 'phase2.workers=2', 'statistics.batch_size=50']     # the same for swap94
 TINY = ['--device', 'cpu', *NARROW, 'opt.train_epochs=1']
 OFFLINE = os.environ | {'CIFAR10_URL': 'http://127.0.0.1:9/cifar-10-python.tar.gz'}     # where nobody listens
 ONE_THREAD = OFFLINE | {'OMP_NUM_THREADS': '1'}

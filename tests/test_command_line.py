@@ -1,6 +1,7 @@
 """The script as its users run it: right runs, and every mistake as one line and exit code 2."""
 
 import fcntl
+import hashlib
 import json
 import os
 import pty
@@ -56,7 +57,10 @@ def test_a_call_prints_and_logs_all_that_is_promised(tmp_path, folder):
     header, *rows = [line for line in done.stdout.splitlines() if line.startswith('|')]
     assert log['device'].endswith(', 1 threads') and log['pflop'] > 0
     assert log['commit'] is None or len(log['commit'].removesuffix('-dirty')) == 40
+    splits = [torch.load(folder / name, weights_only=True) for name in ('train.pt', 'test.pt')]
+    values = b''.join(split[key].numpy().tobytes() for split in splits for key in ('images', 'labels'))
     assert log['data'] == {'path': 'set', 'train': 200, 'test': 60, 'classes': airbench94.CIFAR_CLASSES,
+                           'sha256': hashlib.sha256(values).hexdigest(),
                            'is_cifar10': False}     # the classes are CIFAR-10's, but it is not the whole
     assert header.split()[1::2] == ['run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'seconds']
     assert len(rows) == 6 and len({len(line) for line in rows}) == 1

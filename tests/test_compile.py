@@ -8,7 +8,8 @@ from torch._dynamo.utils import counters
 from torch._guards import TracingContext
 
 import airbench94
-from conftest import NARROW, OFFLINE, TINY, figures, load_log, needs_compiler, run_script
+import swap94
+from conftest import NARROW, OFFLINE, SWAP, TINY, figures, load_log, needs_compiler, run_script
 
 SCRIPTS = ['airbench94', 'airbench95', 'airbench96']
 
@@ -56,6 +57,27 @@ def test_a_compiled_training_is_the_eager_one(compiled):
     for epoch, eager in zip(record['epochs'], eager_record['epochs'], strict=True):
         assert epoch['train_loss'] == pytest.approx(eager['train_loss'], rel=1e-9)
     assert record['tta_val_acc'] == eager_record['tta_val_acc']
+
+
+@needs_compiler
+def test_swap_is_compiled_by_its_rehearsal_and_is_the_eager_one(folder):
+    hyp = swap94.override(swap94.hyp, SWAP + ['phase1.train_epochs=2', 'phase1.whiten_bias_epochs=1'])
+    options = {'device': torch.device('cpu'), 'dtype': torch.float64}
+    loaders = [swap94.CifarLoader(folder, train, 25, hyp['aug'] if train else None, **options) for train in (True, False)]
+    torch._dynamo.reset()
+    counters.clear()
+    faster = swap94.compiled(hyp, **options)
+    swap94.rehearse(*loaders, hyp, **faster)
+    graphs = counters['stats']['unique_graphs']
+    states = []
+    for seed in (0, 1, 0):
+        net, _ = swap94.train(*loaders, hyp, seed, **faster)
+        states.append({key: v.clone() for key, v in net.state_dict().items()})
+    assert graphs == counters['stats']['unique_graphs'] == 5      # phase 1 with and without the whitening bias, phase 2, tests
+    assert not counters['graph_break']
+    for key, v in swap94.train(*loaders, hyp, seed=0)[0].state_dict().items():
+        torch.testing.assert_close(states[0][key], v, rtol=1e-9, atol=1e-9)
+        assert torch.equal(states[0][key], states[2][key])
 
 
 def test_a_run_is_the_same_whichever_ran_before_it(compiled):

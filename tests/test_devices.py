@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch.distributed import run as torchrun
 
 import airbench95
 import airbench96
+import swap94
+from conftest import ROOT, SWAP, load_log, run_script
 from airbench94 import hyp, infer, load_kernels, lookahead, make_net, make_optimizer, train, train_step
 
 
@@ -32,6 +35,20 @@ def test_fp16_training_step_and_tta_leave_nothing_on_the_cpu(hyp, loaders):
         (torch.float16, False), (torch.float32, True)}
     logits = infer(net, test_loader, tta_level=2)
     assert logits.device.type == 'meta' and logits.shape == (60, 10) and logits.dtype == torch.float16
+
+
+def test_fp16_shards_are_summed_in_fp32_and_leave_nothing_on_the_cpu(loaders):
+    train_loader, _ = loaders(device='meta', dtype=torch.float16)
+    opt = swap94.hyp['opt'] | swap94.hyp['phase1'] | {'batch_size': 32, 'shards': 4}
+    shards = swap94.ShardLoader(train_loader, opt, seed=0, team=swap94.Team())
+    net = make_net(swap94.hyp, device='meta', dtype=torch.float16)
+    optimizer, _ = make_optimizer(net, swap94.hyp | {'opt': opt}, total_steps=10)
+    totals = swap94.train_step(net, optimizer, iter(shards), opt['label_smoothing'], shards.team)
+    assert totals.device.type == 'meta' and totals.dtype == torch.float32 and totals.shape == (2,)
+    gradient = swap94.flatten([p.grad for p in net.parameters() if p.requires_grad])
+    assert gradient.device.type == 'meta' and gradient.dtype == torch.float32
+    assert {p.grad.dtype for p in net.parameters() if p.requires_grad} == {torch.float16, torch.float32}
+    swap94.unflatten(gradient, [p.grad for p in net.parameters() if p.requires_grad])
 
 
 def test_the_meta_device_notices_a_tensor_that_stayed_on_the_cpu(loaders):
@@ -83,3 +100,13 @@ def test_fp16_trains_on_cuda(loaders, narrow):
     narrow['opt']['train_epochs'] = 15.5
     _, record = train(*loaders(device='cuda', dtype=torch.float16), narrow)
     assert record['tta_val_acc'] > 0.3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+def test_swap_trains_on_cuda_and_by_nccl(folder, tmp_path):
+    call = ['--data', folder, '--runs', 1, *SWAP, 'phase1.train_epochs=15', 'phase2.train_epochs=2']
+    ranks = min(2, torch.cuda.device_count())
+    done = run_script('--standalone', '--nproc_per_node', ranks, ROOT / 'swap94.py', *call, cwd=tmp_path, script=torchrun.__file__)
+    assert done.returncode == 0, done.stderr
+    (log,) = tmp_path.glob('logs/*')
+    assert load_log(log)['runs'][0]['tta_val_acc'] > 0.3

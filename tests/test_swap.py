@@ -17,18 +17,19 @@ from torch.testing import assert_close
 
 import airbench94
 import swap94
-from conftest import NARROW, ONE_THREAD, ROOT, load_log, made_up_split
+from conftest import ONE_THREAD, ROOT, load_log, made_up_split
 from swap94 import Team, UserError, check_settings, override, recompute_statistics, worker_seed
 
-WIDTHS = [setting for setting in NARROW if setting.startswith('net.')]
-SMALL = [*WIDTHS, 'net.whiten_kernel=1', 'net.tta_level=1', 'phase1.batch_size=64', 'phase1.shards=4', 'phase1.train_epochs=2', 'phase1.tau=1',
-         'phase2.workers=4', 'phase2.batch_size=32', 'phase2.train_epochs=1.5', 'phase2.lookahead.decay=0.5',
-         'statistics.images=150', 'statistics.batch_size=40']      # three full batches, so four ranks get unequal shares
+TINY_NET = ['net.widths.block1=4', 'net.widths.block2=8', 'net.widths.block3=16', 'net.whiten_kernel=1']
+SMALL = [*TINY_NET, 'net.tta_level=1', 'phase1.batch_size=32', 'phase1.shards=4', 'phase1.train_epochs=2',
+         'phase1.tau=1', 'phase2.workers=4', 'phase2.batch_size=16', 'phase2.train_epochs=1.5',
+         'phase2.lookahead.decay=0.5', 'statistics.images=75', 'statistics.batch_size=20']     # three batches
 LONG = [*SMALL, 'phase1.train_epochs=8', 'phase2.train_epochs=3']       # long enough to be killed in
 CALLS = {   # name: (type, arguments of main), for one, two and four processes
-    'workers': ('float64', ['--runs', '2', '--seed', '5', *SMALL]),
+    'workers': ('float64', SMALL),
     'teams': ('float64', ['--curve', *SMALL, 'phase2.workers=2', 'phase2.ranks_per_worker=2', 'phase2.shards=2']),
-    'phase 1': ('float64', ['--method', 'large-batch', *SMALL, 'phase1.train_epochs=1.5'])}
+    'phase 1': ('float64', ['--runs', '2', '--seed', '5', '--method', 'large-batch', *SMALL,
+                            'phase1.train_epochs=1.5'])}
 MAIN = '''if True:    # swap94.main once for each of the calls, all by the same processes
     import json, sys
     import torch, swap94
@@ -100,6 +101,15 @@ def calls_into(path, folder, calls):
 
 
 @pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Half as many images as the other tests' folder has."""
+    path = tmp_path_factory.mktemp('half')
+    for seed, (name, images) in enumerate(zip(swap94.CACHES, (100, 40))):
+        torch.save(made_up_split(images, seed), path / name)
+    return path
+
+
+@pytest.fixture(scope='module')
 def by_one(tmp_path_factory, folder):
     """A folder with a log for each of CALLS, made by this process."""
     path = tmp_path_factory.mktemp('one')
@@ -135,8 +145,8 @@ def by_ranks(request):
     return request.getfixturevalue(request.param)
 
 
-def load(data='digits', aug=airbench94.hyp['aug'], dtype=torch.float32):
-    return [swap94.CifarLoader(data, train, 64, aug, device='cpu', dtype=dtype) for train in (True, False)]
+def load(data, aug=airbench94.hyp['aug'], dtype=torch.float32):
+    return [swap94.CifarLoader(data, train, 32, aug, device='cpu', dtype=dtype) for train in (True, False)]
 
 
 @pytest.fixture
@@ -186,7 +196,7 @@ def test_one_process_two_and_four_write_the_same_record(name, by_one, by_ranks):
 
 
 def test_two_runs_have_their_own_seeds_and_leave_no_checkpoints(by_one, by_ranks):
-    for path in (by_one / 'workers', by_ranks / 'workers'):
+    for path in (by_one / 'phase 1', by_ranks / 'phase 1'):
         assert [run['seed'] for run in load_log(path)['runs']] == [5, 6]
         assert differ(weights_of(path), weights_of(path, 1))
         assert not list(path.glob('checkpoints/*/*')) and not list(path.rglob('*.tmp'))
@@ -195,12 +205,12 @@ def test_two_runs_have_their_own_seeds_and_leave_no_checkpoints(by_one, by_ranks
 #### Phase 1 ####
 
 def test_small_batch_is_airbench94_bit_for_bit(folder, tmp_path):
-    opt = ['train_epochs=2.5', 'batch_size=32', 'lr=9', 'whiten_bias_epochs=1', 'lookahead.every=3']
-    net, record = airbench94.train(airbench94.CifarLoader(folder, True, 32, airbench94.hyp['aug'], device='cpu',
-                                                          dtype=torch.float32), load(folder)[1],
-                                   override(airbench94.hyp, [*WIDTHS, *(f'opt.{setting}' for setting in opt)]), seed=3)
+    opt = ['train_epochs=2.5', 'batch_size=16', 'lr=9', 'whiten_bias_epochs=1', 'lookahead.every=4']
+    hyp = override(airbench94.hyp, [*TINY_NET, *(f'opt.{setting}' for setting in opt)])
+    loader = airbench94.CifarLoader(folder, True, 16, hyp['aug'], device='cpu', dtype=torch.float32)
+    net, _ = airbench94.train(loader, load(folder)[1], hyp, seed=3)
     args = ['--data', str(folder), '--device', 'cpu', '--resume', str(tmp_path / 'log'), '--seed', '3',
-            '--method', 'small-batch', *WIDTHS, *(f'phase1.{setting}' for setting in opt)]
+            '--method', 'small-batch', *TINY_NET, *(f'phase1.{setting}' for setting in opt)]
     assert swap94.main(args) == 0
     weights = weights_of(tmp_path / 'log')
     assert_same_bits({name: p.detach() for name, p in net.named_parameters()},
@@ -225,7 +235,7 @@ def test_batchnorm_statistics_belong_to_a_shard(folder):
         swap94.train_step(net, torch.optim.SGD(net.parameters(), lr=0.0), batch, 0.2, Team())
         return gradients(net)
     shards = list(swap94.ShardLoader(train_loader, opt, 0, Team()))[:4]
-    assert [len(labels) for _, labels in shards] == [16] * 4
+    assert [len(labels) for _, labels in shards] == [8] * 4
     apart = sum(step([shard]) for shard in shards)
     undivided = step([tuple(map(torch.cat, zip(*shards)))])
     assert_close(step(shards), apart, rtol=1e-12, atol=1e-12)
@@ -233,7 +243,7 @@ def test_batchnorm_statistics_belong_to_a_shard(folder):
 
 
 def test_ranks_and_shards_cut_the_batches_of_one_loader(folder):
-    opt, (loader, _) = {'batch_size': 64, 'shards': 4}, load(folder)
+    opt, (loader, _) = {'batch_size': 32, 'shards': 4}, load(folder)
     loader.seed = 7
     whole = list(loader)
     loader.epoch = 0
@@ -288,12 +298,12 @@ def test_one_worker_is_its_own_average(fit):
                      {name: worker['weights'][name] for name, _ in net.named_parameters()})
 
 
-def diverging(monkeypatch, *workers):
-    """Let these workers of the run with seed 0 learn at an absurd rate. Returns the last states, by seed."""
+def diverging(monkeypatch, seeds):
+    """Let the models with these seeds learn at an absurd rate. Returns all models' last states, by seed."""
     states, train_epoch = {}, swap94.train_epoch
 
     def wrapped(state, net, loader, hyp, **functions):
-        if loader.seed in [worker_seed(0, worker) for worker in workers]:
+        if loader.seed in seeds:
             hyp = hyp | {'opt': hyp['opt'] | {'lr': 1e30}}
         states[loader.seed] = train_epoch(state, net, loader, hyp, **functions)
         return states[loader.seed]
@@ -302,23 +312,22 @@ def diverging(monkeypatch, *workers):
 
 
 def test_a_diverged_worker_is_left_out_of_the_average(folder, tmp_path, monkeypatch, capsys):
-    states = diverging(monkeypatch, 1)
+    states = diverging(monkeypatch, [worker_seed(0, 1)])
     assert swap94.main(['--data', str(folder), '--device', 'cpu', '--curve', '--resume', str(tmp_path), *SMALL]) == 0
-    others = [states[worker_seed(0, worker)] for worker in (0, 2, 3)]
-    assert_mean(weights_of(tmp_path), swap94.make_net(load_log(tmp_path)['hyp'], device='cpu', dtype=torch.float32), others)
-    assert [bool(worker['failed']) for worker in record_of(tmp_path)['workers']] == [False, True, False, False]
+    log, record, others = load_log(tmp_path), record_of(tmp_path), [states[worker_seed(0, n)] for n in (0, 2, 3)]
+    assert_mean(weights_of(tmp_path), swap94.make_net(log['hyp'], device='cpu', dtype=torch.float32), others)
+    assert [bool(worker['failed']) for worker in record['workers']] == [False, True, False, False]
+    assert record['curve'][-1]['val_acc'] == record['val_acc'] and log['summary']['n'] == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if 'left out' in line]
-    assert line.startswith('run 0: worker 1 is left out')
-    assert record_of(tmp_path)['curve'][-1]['val_acc'] == record_of(tmp_path)['val_acc']
+    assert line.startswith('run 0: worker 1 is left out') and 'not finite' in line
 
 
-@pytest.mark.parametrize('settings, workers, complaint', [
-    ([], [0, 1, 2, 3], 'no worker is left'), (['phase1.lr=1e9', 'opt.bias_scaler=1e9'], [], 'not finite')])
-def test_nothing_to_average_is_a_failed_run(settings, workers, complaint, folder, tmp_path, monkeypatch, capsys):
-    diverging(monkeypatch, *workers)
-    args = ['--data', str(folder), '--device', 'cpu', '--curve', '--resume', str(tmp_path), *SMALL, *settings]
-    assert swap94.main(args) != 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith('run 0 failed: ')]
+@pytest.mark.parametrize('seeds, complaint', [
+    ([worker_seed(0, n) for n in range(4)], 'no worker is left'), ([0], 'not finite')], ids=['workers', 'phase 1'])
+def test_nothing_to_average_is_a_failed_run(seeds, complaint, folder, tmp_path, monkeypatch, capsys):
+    diverging(monkeypatch, seeds)
+    assert swap94.main(['--data', str(folder), '--device', 'cpu', '--curve', '--resume', str(tmp_path), *SMALL]) != 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith('run 0') and 'failed' in line]
     assert complaint in line and load_log(tmp_path)['summary']['failed'] == 1
 
 
@@ -336,12 +345,12 @@ class OneOfTwo(Team):
 
 
 @pytest.mark.parametrize('ranks', [1, 2])
-@pytest.mark.parametrize('images, size', [(150, 40), (40, 40), (30, 40), (500, 40)])
+@pytest.mark.parametrize('images, size', [(75, 20), (20, 20), (15, 20), (500, 20)])
 def test_statistics_are_those_of_update_bn(images, size, ranks, folder):
     hyp, (loader, _) = override(swap94.hyp, SMALL), load(folder, dtype=torch.float64)
     net = swap94.make_net(hyp, device='cpu', dtype=torch.float64)
     net.load_state_dict(swap94.new_model(hyp, loader, 0)['weights'])
-    reference, statistics, used = copy.deepcopy(net), {'images': images, 'batch_size': size}, min(images, 200)
+    reference, statistics, used = copy.deepcopy(net), {'images': images, 'batch_size': size}, min(images, 100)
     full = [loader.normalize(loader.images[i:i + size]) for i in range(0, max(1, used - size + 1), size)]
     torch.optim.swa_utils.update_bn([batch[:used] for batch in full], reference)
     if ranks == 1:
@@ -359,7 +368,7 @@ def test_statistics_are_those_of_update_bn(images, size, ranks, folder):
 def test_the_result_has_the_averages_statistics_not_the_workers(fit, folder):
     net, _, workers = fit()
     reference, (loader, _) = copy.deepcopy(net), load(folder)
-    torch.optim.swa_utils.update_bn([loader.normalize(loader.images[i:i + 40]) for i in (0, 40, 80)], reference)
+    torch.optim.swa_utils.update_bn([loader.normalize(loader.images[i:i + 20]) for i in (0, 20, 40)], reference)
     for name, value in reference.state_dict().items():
         if 'running' in name:
             assert_close(net.state_dict()[name], value)
@@ -375,7 +384,7 @@ def test_the_record_adds_up(name, place, ranks, request):
     record, hyp = record_of(path), load_log(path)['hyp']
     phases, per_image = record['phases'], 1e-15 * swap94.flop_per_image(hyp, 10)[0]
     assert list(phases) == ['phase1', 'phase3'] if name == 'phase 1' else ['phase1', 'phase2', 'phase3']
-    assert phases['phase1']['pflop_of_all'] == pytest.approx(record['joint']['step'] * 64 * per_image)
+    assert phases['phase1']['pflop_of_all'] == pytest.approx(record['joint']['step'] * 32 * per_image)
     assert phases['phase1']['pflop'] == pytest.approx(phases['phase1']['pflop_of_all'] / ranks)
     assert phases['phase1']['seconds'] == record['joint']['seconds'] == record['joint']['epochs'][-1]['seconds'] > 0
     for phase in phases.values():
@@ -384,12 +393,18 @@ def test_the_record_adds_up(name, place, ranks, request):
     if 'phase2' in phases:
         workers = record['workers']
         assert [worker['step'] for worker in workers] == [9] * hyp['phase2']['workers']
-        assert phases['phase2']['pflop_of_all'] == pytest.approx(9 * 32 * per_image * len(workers))
+        assert phases['phase2']['pflop_of_all'] == pytest.approx(9 * 16 * per_image * len(workers))
         assert phases['phase2']['pflop'] == pytest.approx(phases['phase2']['pflop_of_all'] / ranks)
         assert max(w['seconds'] for w in workers) <= phases['phase2']['seconds'] <= sum(w['seconds'] for w in workers)
         assert all(0 <= worker['epochs'][-1]['val_acc'] <= 1 and worker['failed'] is None for worker in workers)
     assert record['seconds'] == pytest.approx(sum(phase['seconds'] for phase in phases.values()))
     assert record['pflop'] == pytest.approx(sum(phase['pflop_of_all'] for phase in phases.values()))
+
+
+def test_phase_3_costs_no_more_than_the_set_has_images(fit):
+    _, record, _ = fit('phase2.workers=1', 'statistics.images=10000', 'statistics.batch_size=50')
+    of_view = 1e-15 * swap94.flop_per_image(override(swap94.hyp, SMALL), 10)[1]
+    assert record['phases']['phase3']['pflop_of_all'] == pytest.approx((100 + 40 * 2) * of_view)
 
 
 def test_the_curve_has_each_epoch_of_phase_2_and_ends_with_the_result(by_one, by_ranks):
@@ -444,7 +459,8 @@ def test_a_run_that_loses_a_rank_in_each_phase_ends_as_one_that_did_not(by_two, 
     (1, ['phase2.batch_size=201'], 'phase2.batch_size=201'),
     (2, ['phase2.ranks_per_worker=2'], 'phase2.shards=1'),
     (2, ['phase2.workers=3'], 'phase2.workers=3'),
-    (3, ['phase1.shards=3', 'phase1.batch_size=48', 'phase2.ranks_per_worker=2', 'phase2.shards=2'], 'phase2.workers=4'),
+    (3, ['phase1.shards=3', 'phase1.batch_size=48', 'phase2.ranks_per_worker=2', 'phase2.shards=2'],
+     'phase2.workers=4'),
 ])
 def test_what_cannot_be_dealt_out_is_refused(ranks, settings, complaint):
     with pytest.raises(UserError, match=complaint) as error:
@@ -477,7 +493,7 @@ def test_a_mistake_of_two_ranks_gets_one_line(args, complaint, tmp_path, folder)
     for rank in (0, 1):     # each rank has a folder, and a set there, of its own
         (tmp_path / f'{rank}').mkdir()
         for name in swap94.CACHES:
-            torch.save(made_up_split(200, seed=rank * ('data' in complaint)), tmp_path / f'{rank}' / name)
+            torch.save(made_up_split(100, seed=rank * ('data' in complaint)), tmp_path / f'{rank}' / name)
     call = ' '.join(map(str, script('--data', '.', *SMALL)))
     with torchrun('sh', '-c', f'cd $RANK && exec {call} {args}', cwd=tmp_path) as process:
         code, _, err = finish(process, 60)
@@ -488,13 +504,12 @@ def test_a_mistake_of_two_ranks_gets_one_line(args, complaint, tmp_path, folder)
 #### What it is for ####
 
 def test_the_average_is_better_than_its_workers():
-    settings = [*swap94.DIGITS, *WIDTHS, 'phase1.shards=1', 'phase1.batch_size=32', 'phase1.train_epochs=2',
-                'phase2.workers=4', 'phase2.batch_size=32', 'phase2.train_epochs=0.5', 'phase2.lr=30',
-                'phase2.schedule.end=1', 'statistics.images=400']
-    hyp, pairs = override(swap94.hyp, settings), []
-    for seed in range(6):
-        _, record = swap94.train(*load(aug=hyp['aug']), hyp, seed)
+    hyp, pairs = override(swap94.hyp, [
+        *swap94.DIGITS, *TINY_NET, 'phase1.shards=1', 'phase1.batch_size=32', 'phase1.train_epochs=2', 'phase1.lr=20',
+        'phase2.workers=4', 'phase2.batch_size=32', 'phase2.train_epochs=0.5', 'phase2.lr=30', 'phase2.schedule.end=1',
+        'statistics.images=200']), []
+    for seed in range(5):
+        _, record = swap94.train(*load('digits', hyp['aug']), hyp, seed)
         workers = [worker['epochs'][-1]['val_acc'] for worker in record['workers']]
         pairs.append((record['val_acc'], sum(workers) / len(workers)))
-    averages, workers = zip(*pairs)
-    assert scipy.stats.ttest_rel(averages, workers, alternative='greater').pvalue < 0.05, pairs
+    assert scipy.stats.ttest_rel(*zip(*pairs), alternative='greater').pvalue < 0.05, pairs
