@@ -462,7 +462,7 @@ def evaluate_jointly(net, train_loader, test_loader, hyp, tta_level, team, forwa
     recompute_statistics(net, train_loader, hyp['statistics'], team)
     part = copy.copy(test_loader)
     part.images, part.labels = (values[team.rank::team.size] for values in (test_loader.images, test_loader.labels))
-    correct = evaluate(net, part, tta_level, forward) * len(part.labels)
+    correct = evaluate(net, part, tta_level, forward) * len(part.labels) if len(part.labels) else 0.0
     return round(team.add(torch.tensor([correct], device=part.device)).item()) / len(test_loader.labels)
 
 #### SWAP ##########################################################################################
@@ -535,15 +535,15 @@ def train(train_loader, test_loader, hyp=hyp, seed=0, on_row=lambda row: None, *
         for epoch in range(math.ceil(hyp['phase2']['train_epochs']) * curve):
             if average([state['history'][:epoch + 1][-1] for state in finite], net, everyone):
                 record['curve'].append({'epoch': epoch + 1, 'val_acc': measure(0, everyone)})
-
     start = clock(device)
     net.load_state_dict(joint['weights'])
     if method == 'swap' and average([state['weights'] for state in finite], net, everyone) == 0:
         return net, record | {'failed': f"no worker is left: {record['workers'][0]['failed']}"}
     record['tta_val_acc'] = measure(hyp['net']['tta_level'], everyone)
     seconds = clock(device) - start
-    views = hyp['statistics']['images'] + len(test_loader.images) * TTA_VIEWS[hyp['net']['tta_level']]
-    phases['phase3'] = cost(seconds, views * of_view / everyone.size, views * of_view)
+    images = min(hyp['statistics']['images'], len(train_loader.images))
+    flop = (images + len(test_loader.images) * TTA_VIEWS[hyp['net']['tta_level']]) * of_view
+    phases['phase3'] = cost(seconds, flop / everyone.size, flop)
     total = lambda key: sum(phase[key] for phase in phases.values())
     return net, record | {'val_acc': measure(0, everyone), 'seconds': total('seconds'), 'pflop': total('pflop_of_all')}
 
