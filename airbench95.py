@@ -127,7 +127,7 @@ class CifarLoader:
     (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images` (uint8 NHWC, dense) and `labels` may be replaced, as
     in `loader.images = loader.images[mask]`. path: as for load_data. aug: {'flip': bool, 'translate': pixels, 'cutout':
     pixels}, default none. drop_last, shuffle: default to `train`. augment: that function, or one with its results.
-    Raises UserError for a wrong batch_size or aug, as load_data does, and for batches that the set does not fill."""
+    Raises UserError for a wrong batch_size or aug, as load_data does, and in use if the set does not fill a batch."""
     def __init__(self, path, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None,
                  *, seed=0, device, dtype, augment=augment):
         data, work = load_data(path, train), torch.promote_types(dtype, torch.float32)
@@ -140,17 +140,14 @@ class CifarLoader:
             raise UserError(f'batch_size={batch_size}, aug={aug}: needs 1 or more; flip, translate, cutout; 0 to 31')
         self.drop_last, self.shuffle = (train if chosen is None else chosen for chosen in (drop_last, shuffle))
         self.seed, self.epoch = seed, 0     # epoch: how many were served so far
-
     def __len__(self):
         batches = len(self.images) / self.batch_size
         if self.drop_last and batches < 1:
             raise UserError(f'a batch of {self.batch_size} is larger than the set of {len(self.images)} images')
         return math.floor(batches) if self.drop_last else math.ceil(batches)
-
     def normalize(self, images):
         """uint8 (N, 32, 32, 3) -> (N, 3, 32, 32) of the loader's dtype, channels_last."""
         return normalize(images, self.mean, self.std, self.dtype)
-
     def draw(self, epoch):
         """All random choices of an epoch, counted from 0: a function of (self.seed, epoch) alone. CPU tensors: 'order',
         int64 (N,), the images as they are served; and, indexed by image, 'flip', bool (N,); 'shift', int64 (N, 2),
@@ -166,7 +163,6 @@ class CifarLoader:
         flip = (coins ^ (epoch % 2 == 1)) & bool(self.aug['flip'])
         draws = {'order': order, 'flip': flip, 'shift': shift, 'corner': corner}
         return {key: torch.from_numpy(values) for key, values in draws.items()}
-
     def __iter__(self):
         order, *draws = (values.to(self.device) for values in self.draw(self.epoch).values())
         self.epoch += 1
@@ -497,9 +493,9 @@ def read_split(path, train):
         raise UserError(f'cannot read {path}: {brief(error)}')
 
 def load_data(path, train=True):
-    """A split as {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'}, the last two
-    of the training images. path: a folder with train.pt and test.pt (dicts of the first three, by torch.save), with
-    cifar-10-batches-py or cifar-10-python.tar.gz; or 'digits'. Downloads nothing. Raises UserError for wrong data."""
+    """A split as {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'}; the last are
+    CIFAR-10's, or the training images' own. path: a folder with train.pt and test.pt (dicts of the first three, by
+    torch.save), cifar-10-batches-py or cifar-10-python.tar.gz; or 'digits'. Raises UserError; downloads nothing."""
     data, where = read_split(path, train), f"{path}, {'training' if train else 'test'} set"
     if not isinstance(data, dict) or {'images', 'labels'} - data.keys() or not isinstance(data.get('classes'), list):
         raise UserError(f'{where}: must be a dict with images, labels and a list of classes')
@@ -520,7 +516,7 @@ def load_data(path, train=True):
 
 #### Log ###########################################################################################
 def flop_per_image(hyp, num_classes):
-    """Floating-point operations that an image costs, by torch's counter: (in a training step, without gradient)."""
+    """Floating-point operations of a 32 x 32 image, by torch's counter: (in a training step, in a forward pass)."""
     options = {'device': 'meta', 'dtype': torch.float32}
     net, image = make_net(hyp, num_classes, **options), torch.empty(1, 3, 32, 32, **options)
     with FlopCounterMode(display=False) as of_training:
@@ -671,9 +667,8 @@ def agree(rank, ranks, action, *args):
 #### Command line ##################################################################################
 LIMITS = {      # of values in hyp, by name, both included; other floats go from 0, other ints from 1, to 1e9
     **dict.fromkeys(('target', 'peak_at', 'label_smoothing', 'decay', 'batchnorm_momentum', 'tau'), (0, 1)),
-    'train_epochs': (1e-9, 1e9), 'lr': (1e-9, 1e9), 'bias_scaler': (1e-9, 1e9), 'momentum': (0.001, 0.999),
-    'whiten_bias_epochs': (0, 1e9), 'whiten_kernel': (1, 9), 'translate': (0, 31), 'cutout': (0, 31), 'depth': (2, 9),
-    'tta_level': (0, 2)}
+    **dict.fromkeys(('train_epochs', 'lr', 'bias_scaler'), (1e-9, 1e9)), 'momentum': (0.001, 0.999), 'cutout': (0, 31),
+    'translate': (0, 31), 'whiten_bias_epochs': (0, 1e9), 'whiten_kernel': (1, 9), 'depth': (2, 9), 'tta_level': (0, 2)}
 
 def leaves(tree, prefix=''):
     """Yield ('opt.lr', (tree['opt'], 'lr')) and the like for all values of nested dicts."""

@@ -6,7 +6,7 @@
 """swap94: train CIFAR-10 to 94% by Stochastic Weight Averaging in Parallel, on any number of GPUs.
 
     torchrun --nproc_per_node=8 swap94.py                           # together, then eight workers, then their average
-    torchrun --nproc_per_node=8 swap94.py --method large-batch      # what it is compared with; or small-batch
+    torchrun --nproc_per_node=8 swap94.py --method large-batch      # what it is compared with, as is small-batch
     python swap94.py --data digits                                  # one device trains the workers in turn
 
 The algorithm is that of Gupta, Serrano and DeCoste (2020), https://arxiv.org/abs/2001.02312, "SWAP" below; network,
@@ -74,13 +74,12 @@ hyp = {     # what airbench94.py has too is explained there
         'schedule': {'start': 1.0, 'peak_at': 0.0, 'end': 0.0}, 'lookahead': {'every': 5, 'decay': 0.0, 'power': 3},
     },
     'statistics': {'images': 10000, 'batch_size': 1250},    # that BatchNorm's means and variances are recomputed from
-    'aug': {'flip': True, 'translate': 2, 'cutout': 0},
+    'target': 0.94, 'aug': {'flip': True, 'translate': 2, 'cutout': 0},
     'net': {
         'widths': {'block1': 64, 'block2': 256, 'block3': 256}, 'depth': 2, 'residual': False,
         'batchnorm_momentum': 0.6, 'batchnorm_eps': 1e-12, 'scaling_factor': 1/9,
         'whiten_kernel': 2, 'whiten_images': 5000, 'whiten_eps': 5e-4, 'tta_level': 2,
     },
-    'target': 0.94,
 }
 # What --method sets: only SWAP goes on after phase 1; small-batch is airbench94. And --data digits: no mirrored digits.
 METHODS = {'swap': [], 'small-batch': ['phase1.tau=1', 'phase1.train_epochs=9.9', 'phase1.shards=1'],
@@ -125,7 +124,7 @@ class CifarLoader:
     (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images` (uint8 NHWC, dense) and `labels` may be replaced, as
     in `loader.images = loader.images[mask]`. path: as for load_data. aug: {'flip': bool, 'translate': pixels, 'cutout':
     pixels}, default none. drop_last, shuffle: default to `train`. augment: that function, or one with its results.
-    Raises UserError for a wrong batch_size or aug, as load_data does, and for batches that the set does not fill."""
+    Raises UserError for a wrong batch_size or aug, as load_data does, and in use if the set does not fill a batch."""
     def __init__(self, path, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None,
                  *, seed=0, device, dtype, augment=augment):
         data, work = load_data(path, train), torch.promote_types(dtype, torch.float32)
@@ -138,17 +137,14 @@ class CifarLoader:
             raise UserError(f'batch_size={batch_size}, aug={aug}: needs 1 or more; flip, translate, cutout; 0 to 31')
         self.drop_last, self.shuffle = (train if chosen is None else chosen for chosen in (drop_last, shuffle))
         self.seed, self.epoch = seed, 0     # epoch: how many were served so far
-
     def __len__(self):
         batches = len(self.images) / self.batch_size
         if self.drop_last and batches < 1:
             raise UserError(f'a batch of {self.batch_size} is larger than the set of {len(self.images)} images')
         return math.floor(batches) if self.drop_last else math.ceil(batches)
-
     def normalize(self, images):
         """uint8 (N, 32, 32, 3) -> (N, 3, 32, 32) of the loader's dtype, channels_last."""
         return normalize(images, self.mean, self.std, self.dtype)
-
     def draw(self, epoch):
         """All random choices of an epoch, counted from 0: a function of (self.seed, epoch) alone. CPU tensors: 'order',
         int64 (N,), the images as they are served; and, indexed by image, 'flip', bool (N,); 'shift', int64 (N, 2),
@@ -164,7 +160,6 @@ class CifarLoader:
         flip = (coins ^ (epoch % 2 == 1)) & bool(self.aug['flip'])
         draws = {'order': order, 'flip': flip, 'shift': shift, 'corner': corner}
         return {key: torch.from_numpy(values) for key, values in draws.items()}
-
     def __iter__(self):
         order, *draws = (values.to(self.device) for values in self.draw(self.epoch).values())
         self.epoch += 1
@@ -336,7 +331,7 @@ class Team:
         try:
             return values if self.size == 1 else dist.all_reduce(values, group=self.group) or values
         except RuntimeError as error:
-            raise OSError(f'another rank was lost: {brief(error)}')
+            raise OSError(f'the ranks cannot add, or one was lost: {brief(error, 2)}')
 
 def form_teams(rank, ranks, size, device):
     """(the team of all ranks, this rank's team of `size`), by NCCL on CUDA and by gloo elsewhere."""
@@ -477,7 +472,7 @@ def check_settings(hyp, ranks, images, method):
             raise UserError(f'{name}.shards={shards} cannot be dealt out evenly to {size} ranks')
     if method == 'swap' and (ranks % team_size or workers % (ranks // team_size)):
         raise UserError(f'phase2.workers={workers} cannot be dealt out evenly to {ranks} ranks, {team_size} a worker')
-    return team_size
+    return team_size if method == 'swap' else 1
 
 def worker_seed(seed, worker):
     return seed + (1 + worker) * 2**64      # its 32-bit words, which key the draws, are no run's and no other worker's
@@ -515,10 +510,9 @@ def train(train_loader, test_loader, hyp=hyp, seed=0, on_row=lambda row: None, *
                 if path:
                     write(path, lambda file: torch.save(state, file))
         return state
-
     joint = fit('joint', 'phase1', new_model(hyp, train_loader, seed), seed, everyone)
     record['joint'] = about(joint)
-    if joint['failed']:
+    if any(agree(everyone.rank, everyone.size, lambda: joint['failed'])):   # all ranks have their checkpoints by now
         return net, record | {'failed': joint['failed']}
     flop = joint['step'] * hyp['phase1']['batch_size'] * of_training
     phases['phase1'] = cost(joint['seconds'], flop / everyone.size, flop)
@@ -541,9 +535,10 @@ def train(train_loader, test_loader, hyp=hyp, seed=0, on_row=lambda row: None, *
         return net, record | {'failed': f"no worker is left: {record['workers'][0]['failed']}"}
     record['tta_val_acc'] = measure(hyp['net']['tta_level'], everyone)
     seconds = clock(device) - start
-    images = min(hyp['statistics']['images'], len(train_loader.images))
-    flop = (images + len(test_loader.images) * TTA_VIEWS[hyp['net']['tta_level']]) * of_view
-    phases['phase3'] = cost(seconds, flop / everyone.size, flop)
+    images, views = min(hyp['statistics']['images'], len(train_loader.images)), TTA_VIEWS[hyp['net']['tta_level']]
+    size = min(hyp['statistics']['batch_size'], images)
+    flop = lambda n: (math.ceil(images // size / n) * size + math.ceil(len(test_loader.images) / n) * views) * of_view
+    phases['phase3'] = cost(seconds, flop(everyone.size), flop(1))
     total = lambda key: sum(phase[key] for phase in phases.values())
     return net, record | {'val_acc': measure(0, everyone), 'seconds': total('seconds'), 'pflop': total('pflop_of_all')}
 
@@ -640,9 +635,9 @@ def read_split(path, train):
         raise UserError(f'cannot read {path}: {brief(error)}')
 
 def load_data(path, train=True):
-    """A split as {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'}, the last two
-    of the training images. path: a folder with train.pt and test.pt (dicts of the first three, by torch.save), with
-    cifar-10-batches-py or cifar-10-python.tar.gz; or 'digits'. Downloads nothing. Raises UserError for wrong data."""
+    """A split as {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'}; the last are
+    CIFAR-10's, or the training images' own. path: a folder with train.pt and test.pt (dicts of the first three, by
+    torch.save), cifar-10-batches-py or cifar-10-python.tar.gz; or 'digits'. Raises UserError; downloads nothing."""
     data, where = read_split(path, train), f"{path}, {'training' if train else 'test'} set"
     if not isinstance(data, dict) or {'images', 'labels'} - data.keys() or not isinstance(data.get('classes'), list):
         raise UserError(f'{where}: must be a dict with images, labels and a list of classes')
@@ -663,7 +658,7 @@ def load_data(path, train=True):
 
 #### Log ###########################################################################################
 def flop_per_image(hyp, num_classes):
-    """Floating-point operations that an image costs, by torch's counter: (in a training step, without gradient)."""
+    """Floating-point operations of a 32 x 32 image, by torch's counter: (in a training step, in a forward pass)."""
     options = {'device': 'meta', 'dtype': torch.float32}
     net, image = make_net(hyp, num_classes, **options), torch.empty(1, 3, 32, 32, **options)
     with FlopCounterMode(display=False) as of_training:
@@ -814,9 +809,8 @@ def agree(rank, ranks, action, *args):
 #### Command line ##################################################################################
 LIMITS = {      # of values in hyp, by name, both included; other floats go from 0, other ints from 1, to 1e9
     **dict.fromkeys(('target', 'peak_at', 'label_smoothing', 'decay', 'batchnorm_momentum', 'tau'), (0, 1)),
-    'train_epochs': (1e-9, 1e9), 'lr': (1e-9, 1e9), 'bias_scaler': (1e-9, 1e9), 'momentum': (0.001, 0.999),
-    'whiten_bias_epochs': (0, 1e9), 'whiten_kernel': (1, 9), 'translate': (0, 31), 'cutout': (0, 31), 'depth': (2, 9),
-    'tta_level': (0, 2)}
+    **dict.fromkeys(('train_epochs', 'lr', 'bias_scaler'), (1e-9, 1e9)), 'momentum': (0.001, 0.999), 'cutout': (0, 31),
+    'translate': (0, 31), 'whiten_bias_epochs': (0, 1e9), 'whiten_kernel': (1, 9), 'depth': (2, 9), 'tta_level': (0, 2)}
 
 def leaves(tree, prefix=''):
     """Yield ('opt.lr', (tree['opt'], 'lr')) and the like for all values of nested dicts."""
@@ -918,11 +912,13 @@ def require_same(rank, ranks, values):
 def rehearse(train_loader, test_loader, hyp, **options):
     """Seconds of a run on a batch with random labels, which compiles all that is needed and readies an accelerator."""
     start, few = time.perf_counter(), copy.copy(train_loader)
-    few.images = few.images[:max(hyp['phase1']['batch_size'], hyp['phase2']['batch_size'])]
+    few.images = few.images[:3 * max(hyp['phase1']['batch_size'], hyp['phase2']['batch_size'])]
     few.labels = torch.randint_like(few.labels[:len(few.images)], len(few.classes))
+    calm = {name: hyp[name] | {'tau': 1.0, 'lr': 0.01 * hyp[name]['lr']} for name in ('phase1', 'phase2')}
     try:
-        train(few, test_loader, hyp, **options)
+        train(few, test_loader, hyp | calm, **options)
     except Exception as error:      # of many kinds, by what is missing
+        time.sleep(5 if options.get('everyone', Team()).rank > 0 else 0)    # where all fail, rank 0's line is enough
         raise UserError(f'the run before the runs: {brief(error, 2)}')
     return time.perf_counter() - start
 
@@ -948,18 +944,19 @@ def print_table(runs):
     """Print SWAP's Table 1: means over the runs, standard deviations; seconds and PFLOP are since a run's start."""
     runs, costs = [run for run in runs if 'failed' not in run], np.zeros(3)
     ends = lambda models: [model['epochs'][-1]['val_acc'] for model in models if not model['failed']]
-    print(f'{"":24}    n  val_acc     std   seconds  PFLOP of longest rank   of all' if runs else 'no run was finished')
+    print(f'{"up to here:":24}    n  val_acc     std   seconds  PFLOP of longest rank   of all' if runs else 'no run')
     for name, phase, accs in (('after phase 1', 'phase1', ends(run['joint'] for run in runs)),
                               ('workers before averaging', 'phase2', ends(w for run in runs for w in run['workers'])),
                               ('at the end', 'phase3', [run['val_acc'] for run in runs])):
         if accs:
             costs += np.mean([[*run['phases'][phase].values()] for run in runs], 0)
-            std = f'{np.std(accs, ddof=1):7.4f}' if len(accs) > 1 else ' ' * 7
-            print(f'{name:24} {len(accs):4} {np.mean(accs):8.4f} {std} ' + '{:9.2f} {:22.4f} {:8.4f}'.format(*costs))
+            row = name, len(accs), np.mean(accs), np.std(accs, ddof=1) if len(accs) > 1 else math.nan, *costs
+            print('{:24} {:4} {:8.4f} {:7.4f} {:9.2f} {:22.4f} {:8.4f}'.format(*row))
 
 def main(argv=None):
     rank, ranks = join_ranks()
     signal.signal(signal.SIGINT, signal.default_int_handler if rank == 0 else signal.SIG_DFL)   # one line is enough
+    signal.signal(signal.SIGTERM, signal.default_int_handler if ranks == 1 else signal.SIG_DFL)
     torch.backends.cudnn.benchmark = True
     args = agree(rank, ranks, parse_args, argv, OPTIONS)[rank]
     args.overrides = METHODS[args.method] + args.overrides
@@ -970,25 +967,28 @@ def main(argv=None):
     *loaders, faster = prepared
     team_size = agree(rank, ranks, check_settings, settings, ranks, len(loaders[0].images), args.method)[rank]
     log = describe(args, ranks, data, settings, *loaders, None) | {'method': args.method, 'curve': args.curve}
-    require_same(rank, ranks, {'script': log['source'], 'data': log['data'], 'hyp': args.overrides,
-                               'arguments': vars(args) | {'overrides': None, 'device': None}})
+    same = {'script': log['source'], 'data': log['data'], 'hyp': args.overrides, 'dtype': log['dtype']}
+    require_same(rank, ranks, same | {'arguments': vars(args) | {'overrides': None, 'device': None}})
     folder, log, missing = agree(rank, ranks, lambda: rank > 0 or open_log(args, log))[0]
     require_same(rank, ranks, {f'what they find in {folder}': sorted(map(str, folder.glob('checkpoints/*/*.pt')))})
     everyone, team = form_teams(rank, ranks, team_size, device)
     options = {'method': args.method, 'everyone': everyone, 'team': team, **faster}
     if missing and (args.compile or device.type != 'cpu'):
         print('getting ready, which can take minutes\n' * (rank == 0), end='', flush=True)
-        log['compile_seconds'] = rehearse(*loaders, settings, **options)
-        print(f"ready in {log['compile_seconds']:.0f} s\n" * (rank == 0), end='', flush=True)
+        seconds = rehearse(*loaders, settings, **options)
+        log |= {'compile_seconds': seconds} if args.compile else {}
+        print(f'ready in {seconds:.0f} s\n' * (rank == 0), end='', flush=True)
     try:
         print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True) if rank == 0 else None
         for run in missing:
             train_run(run, folder, log, loaders, rank, curve=args.curve, **options)
     finally:
         if rank == 0:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)    # a second Ctrl-C could only spoil the end
             close_log(folder, log)
             print_table(log['runs'])
-    return 0 if rank > 0 or log['summary']['n'] == log['wanted'] else 1
+    # To torchrun, 1 means a lost rank and a restart. A failed run is none: it would only fail again.
+    return 0 if rank > 0 or log['summary']['n'] + (ranks > 1) * log['summary']['failed'] >= log['wanted'] else 1
 
 if __name__ == '__main__':
     keep_freed_memory()
