@@ -3,14 +3,14 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision", "numpy", "scipy", "tqdm", "scikit-learn"]
 # ///
-"""swap94: train CIFAR-10 to 94% by Stochastic Weight Averaging in Parallel, on any number of GPUs.
+"""swap94: train CIFAR-10, towards 94%, by Stochastic Weight Averaging in Parallel, on any number of GPUs.
 
     torchrun --nproc_per_node=8 swap94.py                           # together, then eight workers, then their average
     torchrun --nproc_per_node=8 swap94.py --method large-batch      # what it is compared with, as is small-batch
     python swap94.py --data digits                                  # one device trains the workers in turn
 
-The algorithm is that of Gupta, Serrano and DeCoste (2020), https://arxiv.org/abs/2001.02312, "SWAP" below; network,
-augmentation and optimizer are airbench94's, whose paper is "the paper".
+The algorithm is that of Gupta, Serrano and DeCoste (2020), arXiv:2001.02312, "SWAP" below; the rest is airbench94's, of
+"the paper". Measured: 93.66% (n=1), by 0.059 PFLOP on the longest of eight ranks; airbench94: 94.05% (n=3), by 0.36.
 """
 
 #### Setup #########################################################################################
