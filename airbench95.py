@@ -702,6 +702,10 @@ def process_count():
     return int(os.environ.get('WORLD_SIZE', 1))
 
 
+def is_first_process():
+    return os.environ.get('RANK', '0') == '0'
+
+
 def progress(items, what, total=None):
     """`items` under a progress bar, in a terminal that no other process shares."""
     hidden = True if process_count() > 1 else None  # None: hidden unless in a terminal
@@ -1024,7 +1028,7 @@ def open_log(folder, config):
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / 'config.lock'):
         if not file.exists():
-            others = [path for path in folder.iterdir() if path.name != 'config.lock']
+            others = [path for path in folder.iterdir() if not path.name.startswith('config.')]
             if others:
                 raise UserError(f'--out {folder}: holds {others[0].name}, and no log')
             write_json(file, config)
@@ -1072,6 +1076,10 @@ def read_records(folder, seed):
     return records
 
 
+def count_missing(records, wanted):
+    return wanted - sum(run < wanted for run in records)
+
+
 def summarize(records, target):
     """log.json's summary; p_value is that of the one-sided t-test that the mean is above target."""
     accs = [record['tta_val_acc'] for record in records if 'failed' not in record]
@@ -1111,6 +1119,15 @@ def print_summary(summary, records, data):
     print('access to the training images to the test-set predictions, but validation')
     if not data['is_cifar10']:
         print(f'this is no CIFAR-10 figure: the data is {data["path"]}')
+
+
+def print_start(config, about, folder, wanted, missing):
+    """Say what a call is going to do; of torchrun's processes, in one."""
+    if not is_first_process():
+        return
+    print('{path}: {train} + {test} images; '.format(**config['data']), end='')
+    print('{device}, {dtype}, {mode}, kernels of {kernels}'.format(**config, **about))
+    print(f'{missing} of {wanted} runs to make; log in {folder}', flush=True)
 
 
 def close_log(folder, config):
@@ -1360,15 +1377,19 @@ def choose_data(args):
 #### Main ##########################################################################################
 
 
-def make_loaders(data, hyp, *, device, dtype, augment):
-    """(training loader, test loader). Raises UserError if their classes differ."""
-    batch_size = hyp['opt']['batch_size']
+def prepare(args, data, hyp, device, dtype):
+    """(training loader, test loader, `train`'s faster functions) for a call. Raises UserError."""
+    augment, lookahead = load_kernels(args.kernels, device)
     options = {'device': device, 'dtype': dtype}
+    batch_size = hyp['opt']['batch_size']
     train_loader = CifarLoader(data, True, batch_size, hyp['aug'], augment=augment, **options)
     test_loader = CifarLoader(data, False, 2000, **options)
     if train_loader.classes != test_loader.classes:
         raise UserError(f'{data}: training and test set have different classes')
-    return train_loader, test_loader
+    faster = {'lookahead': lookahead}
+    if args.compile:
+        faster |= compiled(hyp, len(train_loader.classes), **options)
+    return train_loader, test_loader, faster
 
 
 def count_pflop(train_loader, test_loader, hyp):
@@ -1387,6 +1408,8 @@ def warm_up(train_loader, test_loader, hyp, faster):
     Returns its seconds. Raises UserError if it fails.
     """
     start = time.perf_counter()
+    if is_first_process():
+        print('warming up; compiling takes minutes', flush=True)
     few = first_images(train_loader, 3 * train_loader.batch_size)
     few.labels = torch.randint_like(few.labels, len(few.classes))
     test_batch = test_loader.batch_size
@@ -1401,10 +1424,9 @@ def warm_up(train_loader, test_loader, hyp, faster):
 
 def make_run(run, folder, config, loaders, faster, about, save):
     """Train, print and log run number `run`."""
-    is_first = os.environ.get('RANK', '0') == '0'
 
     def print_epoch(row):
-        if is_first:  # of many processes, one prints its epochs
+        if is_first_process():
             print_row({'run': run} | row)
 
     seed = config['seed'] + run
@@ -1443,34 +1465,26 @@ def main(argv=None):
         return 0
 
     data, settings = choose_data(args)
-    augment, lookahead = load_kernels(args.kernels, device)
-    loaders = make_loaders(data, settings, device=device, dtype=dtype, augment=augment)
+    *loaders, faster = prepare(args, data, settings, device, dtype)
     config = describe_recipe(args, data, settings, *loaders)
     about = describe_call(loaders[0]) | {'pflop': count_pflop(*loaders, settings)}
-    print('{path}: {train} + {test} images; '.format(**config['data']), end='')
-    print('{device}, {dtype}, {mode}, kernels of {kernels}'.format(**config, **about))
-
     folder = Path(args.out or new_folder())
     open_log(folder, config)
     wanted = args.runs or (1 if device.type == 'cpu' else 25)
-    missing = wanted - len(read_records(folder, args.seed))
-    print(f'{missing} of {wanted} runs to make; log in {folder}', flush=True)
-    faster = {'lookahead': lookahead}
-    if args.compile:
-        num_classes = len(loaders[0].classes)
-        faster |= compiled(settings, num_classes, device=device, dtype=dtype)
+    missing = count_missing(read_records(folder, args.seed), wanted)
+    print_start(config, about, folder, wanted, missing)
     if missing > 0 and (args.compile or device.type != 'cpu'):
         about['warm_up_seconds'] = warm_up(*loaders, settings, faster)
-        print('warmed up in {warm_up_seconds:.0f} s'.format(**about), flush=True)
 
-    print_row({name: name for name in COLUMNS})
+    if is_first_process() and missing > 0:
+        print_row({name: name for name in COLUMNS})
     try:
         make_runs(wanted, folder, config, loaders, faster, about, args.save)
     except BaseException:
         close_log(folder, config)
         print(f'the same line with --out {folder} makes the rest', flush=True)
         raise
-    if len(read_records(folder, args.seed)) < wanted:
+    if count_missing(read_records(folder, args.seed), wanted) > 0:
         print('other processes make the rest; the last one prints the summary')
         return 0
     summary = close_log(folder, config)

@@ -34,6 +34,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
@@ -592,10 +593,20 @@ def evaluate(net, loader, tta_level=0, forward=forward):
 #### Teams #########################################################################################
 
 
+@contextmanager
+def lost_ranks_named():
+    """Turn torch's errors where ranks meet, which fill pages, into an OSError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f'another rank was lost, or has ended: {first_lines(error)}') from error
+
+
 class Team:
     """Ranks that train a model together, and this rank's place among them.
 
-    By default, this process alone. first: the team's first rank, among all ranks.
+    By default, this process alone. first: the team's first rank, among all ranks. What they do
+    together raises OSError if one of them is lost.
     """
 
     def __init__(self, rank=0, size=1, group=None, first=0):
@@ -605,29 +616,25 @@ class Team:
         self.first = first
 
     def add(self, values):
-        """Replace a tensor by its sum over the team, in place, and return it.
-
-        Raises OSError if a rank is lost.
-        """
-        if self.size == 1:
-            return values
-        try:
-            dist.all_reduce(values, group=self.group)
-        except RuntimeError as error:
-            raise OSError(f'a rank was lost: {first_lines(error)}') from error
+        """Replace a tensor by its sum over the team, in place, and return it."""
+        if self.size > 1:
+            with lost_ranks_named():
+                dist.all_reduce(values, group=self.group)
         return values
 
     def copy_from_first(self, tensor):
         """Replace a tensor by that of the team's first rank, in place."""
         if self.size > 1:
-            dist.broadcast(tensor, self.first, group=self.group)
+            with lost_ranks_named():
+                dist.broadcast(tensor, self.first, group=self.group)
 
     def first_value(self, value):
         """What the team's first rank calls this with: any object."""
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, self.first, group=self.group)
+        with lost_ranks_named():
+            dist.broadcast_object_list(box, self.first, group=self.group)
         return box[0]
 
     def gather(self, value):
@@ -635,7 +642,8 @@ class Team:
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        with lost_ranks_named():
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
 
@@ -643,7 +651,8 @@ def join_ranks():
     """The team of all ranks that torchrun has started, or of this process alone."""
     if process_count() == 1:
         return Team()
-    dist.init_process_group(timeout=timedelta(hours=1))  # a rank may wait for another's workers
+    with lost_ranks_named():
+        dist.init_process_group(timeout=timedelta(hours=1))  # to wait for another rank's workers
     return Team(dist.get_rank(), dist.get_world_size())
 
 
@@ -742,7 +751,7 @@ def train_step(net, optimizer, shards, label_smoothing, team, compute_loss=compu
 
 
 def start_model(weights, seconds=0.0):
-    """A model before training: what train_epoch turns into the next, and what a checkpoint holds."""
+    """A model before training: what train_epoch turns into the next, and what checkpoints hold."""
     return {
         'weights': weights,
         'averages': None,  # Lookahead's
@@ -1020,7 +1029,7 @@ class Run:
         return evaluate_jointly(self.net, *loaders, self.hyp, tta_level, team, self.forward)
 
     def fit(self, name, phase, model, seed, team):
-        """Train a model by the settings of a phase to its end, from its checkpoint if it has one."""
+        """Train a model to the end of a phase, from its checkpoint if it has one."""
         settings = self.hyp | {'opt': self.hyp['opt'] | self.hyp[phase]}
         loader = ShardLoader(self.train_loader, settings['opt'], seed, team)
         path = self.checkpoints and Path(self.checkpoints, f'{name}.pt')
@@ -1224,6 +1233,10 @@ def clock(device):
 def process_count():
     """How many processes torchrun, or another launcher, has started for this call."""
     return int(os.environ.get('WORLD_SIZE', 1))
+
+
+def is_first_process():
+    return os.environ.get('RANK', '0') == '0'
 
 
 def progress(items, what, total=None):
@@ -1548,7 +1561,7 @@ def open_log(folder, config):
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / 'config.lock'):
         if not file.exists():
-            others = [path for path in folder.iterdir() if path.name != 'config.lock']
+            others = [path for path in folder.iterdir() if not path.name.startswith('config.')]
             if others:
                 raise UserError(f'--out {folder}: holds {others[0].name}, and no log')
             write_json(file, config)
@@ -1596,6 +1609,10 @@ def read_records(folder, seed):
     return records
 
 
+def count_missing(records, wanted):
+    return wanted - sum(run < wanted for run in records)
+
+
 def summarize(records, target):
     """log.json's summary; p_value is that of the one-sided t-test that the mean is above target."""
     accs = [record['tta_val_acc'] for record in records if 'failed' not in record]
@@ -1635,6 +1652,15 @@ def print_summary(summary, records, data):
     print('access to the training images to the test-set predictions, but validation')
     if not data['is_cifar10']:
         print(f'this is no CIFAR-10 figure: the data is {data["path"]}')
+
+
+def print_start(config, about, folder, wanted, missing):
+    """Say what a call is going to do; of torchrun's processes, in one."""
+    if not is_first_process():
+        return
+    print('{path}: {train} + {test} images; '.format(**config['data']), end='')
+    print('{device}, {dtype}, {mode}, kernels of {kernels}'.format(**config, **about))
+    print(f'{missing} of {wanted} runs to make; log in {folder}', flush=True)
 
 
 def close_log(folder, config):
@@ -1889,15 +1915,23 @@ OPTIONS = {
 }
 
 
-def make_loaders(data, hyp, *, device, dtype, augment):
-    """(training loader, test loader). Raises UserError if their classes differ."""
-    batch_size = hyp['phase1']['batch_size']
+def prepare(args, data, hyp, device, dtype):
+    """(training loader, test loader, `train`'s faster functions) for a call. Raises UserError."""
+    augment, lookahead = load_kernels(args.kernels, device)
     options = {'device': device, 'dtype': dtype}
+    batch_size = hyp['phase1']['batch_size']
     train_loader = CifarLoader(data, True, batch_size, hyp['aug'], augment=augment, **options)
     test_loader = CifarLoader(data, False, 2000, **options)
     if train_loader.classes != test_loader.classes:
         raise UserError(f'{data}: training and test set have different classes')
-    return train_loader, test_loader
+    faster = {'lookahead': lookahead}
+    if describe_call(train_loader)['kernels'] == 'Triton':
+        from kernels import running_mean
+
+        faster['running_mean'] = running_mean
+    if args.compile:
+        faster |= compiled(hyp, len(train_loader.classes), **options)
+    return train_loader, test_loader, faster
 
 
 def warm_up(train_loader, test_loader, hyp, **options):
@@ -1906,6 +1940,8 @@ def warm_up(train_loader, test_loader, hyp, **options):
     Returns its seconds. Raises UserError if it fails.
     """
     start = time.perf_counter()
+    if is_first_process():
+        print('warming up; compiling takes minutes', flush=True)
     calm = {}
     for phase in ('phase1', 'phase2'):
         calm[phase] = hyp[phase] | {'tau': 1.0, 'lr': 0.01 * hyp[phase]['lr']}
@@ -1921,10 +1957,11 @@ def warm_up(train_loader, test_loader, hyp, **options):
     return time.perf_counter() - start
 
 
+@contextmanager
 def open_log_together(folder, config, everyone):
     """Open the log on all ranks, and see that they have the same settings and data.
 
-    Returns the lock by which rank 0 keeps other calls away. Raises UserError.
+    In the context, rank 0 keeps other calls away. Raises UserError.
     """
     lock = FileLock(folder / 'call.lock')
     if everyone.rank == 0:
@@ -1933,15 +1970,17 @@ def open_log_together(folder, config, everyone):
             lock.acquire(timeout=0)
         except Timeout as error:
             raise UserError(f'--out {folder}: another call is at work there') from error
-    everyone.first_value(None)  # the others wait for the log
-    if everyone.rank > 0:
+    try:
+        everyone.first_value(None)  # the others wait for the log
         if not (folder / 'config.json').exists():
             raise UserError(f'--out {folder}: rank {everyone.rank} does not see the log of rank 0')
         open_log(folder, config)
-    return lock
+        yield
+    finally:
+        lock.release()
 
 
-def make_run(run, folder, config, loaders, about, save, everyone, options):
+def make_run(run, folder, config, loaders, about, save, options):
     """Train all together; rank 0 prints and logs run number `run`, and deletes its checkpoints."""
 
     def print_epoch(row):
@@ -1950,9 +1989,9 @@ def make_run(run, folder, config, loaders, about, save, everyone, options):
     checkpoints = folder / 'checkpoints' / f'{run:05}'
     checkpoints.mkdir(parents=True, exist_ok=True)
     seed = config['seed'] + run
-    options = options | {'checkpoints': checkpoints, 'everyone': everyone}
+    options = options | {'checkpoints': checkpoints}
     net, record = train(*loaders, config['hyp'], seed, print_epoch, **options)
-    if everyone.rank > 0:
+    if not is_first_process():
         return
     for point in record['curve']:
         print_row({'run': run} | point | {'epoch': f'avg {point["epoch"]}'})
@@ -1994,6 +2033,39 @@ def print_table(records):
         print('{:24} {:5} {:8.4f} {:7.4f} {:9.2f} {:22.4f} {:8.4f}'.format(*row))
 
 
+def make_runs(args, folder, config, loaders, faster, everyone, team):
+    """Make the runs that are not there. Returns rank 0's summary, and {} on the other ranks."""
+    device = loaders[0].device
+    about = describe_call(loaders[0]) | {'ranks': everyone.size}
+    wanted = args.runs or (1 if device.type == 'cpu' else 25)
+    there = {}
+    if everyone.rank == 0:
+        there = read_records(folder, args.seed)
+    there = everyone.first_value(there)
+    missing = count_missing(there, wanted)
+    print_start(config, about, folder, wanted, missing)
+    options = faster | {'method': args.method, 'everyone': everyone, 'team': team}
+    if missing > 0 and (args.compile or device.type != 'cpu'):
+        about['warm_up_seconds'] = warm_up(*loaders, config['hyp'], **options)
+
+    options['curve'] = args.curve
+    if everyone.rank == 0 and missing > 0:
+        print_row({name: name for name in COLUMNS})
+    try:
+        for run in range(wanted):
+            if run not in there:
+                make_run(run, folder, config, loaders, about, args.save, options)
+    except BaseException:
+        if everyone.rank == 0:
+            close_log(folder, config)
+            print(f'the same line with --out {folder} goes on from there', flush=True)
+        raise
+    if everyone.rank > 0:
+        return {}
+    print_table(read_records(folder, args.seed).values())
+    return close_log(folder, config)
+
+
 def main(argv=None):
     args = parse_args(argv, OPTIONS)
     args.overrides = METHODS[args.method] + args.overrides
@@ -2005,57 +2077,20 @@ def main(argv=None):
         return 0
 
     data, settings = choose_data(args)
-    augment, lookahead = load_kernels(args.kernels, device)
-    loaders = make_loaders(data, settings, device=device, dtype=dtype, augment=augment)
-    team_size = check_settings(settings, process_count(), len(loaders[0].images), args.method)
+    *loaders, faster = prepare(args, data, settings, device, dtype)
+    images = len(loaders[0].images)
+    team_size = check_settings(settings, process_count(), images, args.method)
     config = describe_recipe(args, data, settings, *loaders)
     config |= {'method': args.method, 'curve': args.curve}
     everyone = join_ranks()
     team = form_team(everyone, team_size)
     folder = Path(args.out or new_folder())
-    lock = open_log_together(folder, config, everyone)
-    about = describe_call(loaders[0]) | {'ranks': everyone.size}
-    wanted = args.runs or (1 if device.type == 'cpu' else 25)
-    there = everyone.first_value(read_records(folder, args.seed) if everyone.rank == 0 else None)
-    missing = [run for run in range(wanted) if run not in there]
-    if everyone.rank == 0:
-        print('{path}: {train} + {test} images; '.format(**config['data']), end='')
-        print('{device}, {dtype}, {mode}, kernels of {kernels}'.format(**config, **about))
-        print(f'{len(missing)} of {wanted} runs to make; log in {folder}', flush=True)
-
-    options = {'method': args.method, 'team': team, 'lookahead': lookahead}
-    if about['kernels'] == 'Triton':
-        from kernels import running_mean
-
-        options['running_mean'] = running_mean
-    if args.compile:
-        num_classes = len(loaders[0].classes)
-        options |= compiled(settings, num_classes, device=device, dtype=dtype)
-    if missing and (args.compile or device.type != 'cpu'):
-        about['warm_up_seconds'] = warm_up(*loaders, settings, everyone=everyone, **options)
-        if everyone.rank == 0:
-            print('warmed up in {warm_up_seconds:.0f} s'.format(**about), flush=True)
-
-    if everyone.rank == 0:
-        print_row({name: name for name in COLUMNS})
-    options['curve'] = args.curve
-    try:
-        for run in missing:
-            make_run(run, folder, config, loaders, about, args.save, everyone, options)
-    except BaseException:
-        if everyone.rank == 0:
-            close_log(folder, config)
-            print(f'the same line with --out {folder} goes on from there', flush=True)
-        raise
-    summary = {'failed': 0}
-    if everyone.rank == 0:
-        print_table(read_records(folder, args.seed).values())
-        summary = close_log(folder, config)
-    if dist.is_initialized():
+    with open_log_together(folder, config, everyone):
+        summary = make_runs(args, folder, config, loaders, faster, everyone, team)
+    if everyone.size > 1:
         dist.destroy_process_group()
-    lock.release()
-    # To torchrun, 1 would mean a lost rank and a restart, which can only fail again.
-    return 1 if summary['failed'] and process_count() == 1 else 0
+        return 0  # 1 would mean a lost rank to torchrun, and a restart, which can only fail again
+    return 1 if summary['failed'] else 0
 
 
 if __name__ == '__main__':
