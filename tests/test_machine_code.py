@@ -1,4 +1,7 @@
-"""The kernels compile for A100, H100 and MI300 without spills and with wide stores, and the check of that can fail."""
+"""The kernels compile for A100, H100 and MI300 without spills and with wide stores.
+
+Two counterexamples prove that the check can fail.
+"""
 
 import json
 import subprocess
@@ -9,48 +12,40 @@ import pytest
 
 pytest.importorskip('triton', reason='needs Triton')
 
+# This process's kernels may be interpreted, so that another one compiles them.
 PROGRAM = """
-import json, machine_code as m
-rows = list(m.report())
-kernel, types, constants, options = m.kernels()['lookahead']
-narrow = m.compiled(kernel, types, constants | {'ALIGNED': False}, options, m.TARGETS['sm_80'])
-kernel, types, constants, options = m.kernels()['flip_crop fp16']
-cramped = m.compiled(kernel, types, constants, options | {'maxnreg': 24}, m.TARGETS['sm_80'])
-for name, binary in (('narrow', narrow), ('cramped', cramped)):
-    rows.append(dict(zip(m.COLUMNS, (name, 'sm_80', *m.sass_report(binary.asm['cubin'])))))
+import json
+import machine_code
+
+rows = list(machine_code.report())
+narrow = machine_code.lerp_source(copy_back=True, aligned=False)
+rows.append(machine_code.report_row('narrow', narrow, 'sm_80'))
+*cramped, options = machine_code.sources()['flip_crop fp16']
+rows.append(machine_code.report_row('cramped', (*cramped, options | {'maxnreg': 24}), 'sm_80'))
 print(json.dumps(rows))
 """
 
 
 @pytest.fixture(scope='module')
 def rows():
-    """{(kernel, target): row of the report}, made by a process of its own: this one's kernels may be interpreted."""
-    done = subprocess.run([sys.executable, '-c', PROGRAM], cwd=Path(__file__).parent, capture_output=True, text=True)
+    """{(kernel, target): row of the report}."""
+    done = subprocess.run(
+        [sys.executable, '-c', PROGRAM], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return {(row['kernel'], row['target']): row for row in json.loads(done.stdout)}
 
 
-def narrowest_store(row):
-    return min(map(int, row['stores']))
-
-
-def test_every_kernel_is_there_for_every_target(rows):
+def test_every_kernel_compiles_for_every_target(rows):
     assert len(rows) == 9 * 3 + 2
     assert {target for _, target in rows} == {'sm_80', 'sm_90', 'gfx942'}
 
 
 def test_no_kernel_spills(rows):
-    assert {key: row['spilled'] for key, row in rows.items() if row['spilled']}.keys() == {('cramped', 'sm_80')}
+    spilling = [key for key, row in rows.items() if row['spilled'] > 0]
+    assert spilling == [('cramped', 'sm_80')]
 
 
-def test_all_stores_are_wide(rows):
-    assert {key: narrowest_store(row) for key, row in rows.items() if narrowest_store(row) < 8}.keys() == {('narrow', 'sm_80')}
-
-
-def test_registers_and_instructions_are_as_few_as_they_were(rows):
-    for (kernel, target), row in rows.items():
-        if kernel.startswith('flip_crop') and target != 'gfx942':
-            executed = row['instructions'] + 3 * row['loop']    # four rounds of the loop make an image
-            assert row['loop'] > 0 and 32 * executed <= 82_000 and row['registers'] <= 96, (kernel, target)
-        elif kernel in ('lookahead', 'running_mean', 'mean'):
-            assert row['registers'] <= 64, (kernel, target)
+def test_all_stores_are_16_bytes_wide(rows):
+    narrow = [key for key, row in rows.items() if set(row['stores']) != {'16'}]
+    assert narrow == [('narrow', 'sm_80')]

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import scipy
 import torch
 from conftest import ONE_THREAD, ROOT, load_log, made_up_split
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 import airbench94
@@ -734,6 +736,30 @@ def test_fp16_shards_are_summed_in_fp32_and_leave_nothing_on_the_cpu(loaders):
     for same in swap94.by_dtype([p.grad for p in trained]):
         vector = swap94.flatten(same)
         assert vector.device.type == 'meta' and vector.dtype == torch.float32
+
+
+def test_swap_is_compiled_by_its_warm_up_and_is_the_eager_one(folder, monkeypatch):
+    """By Dynamo and AOTAutograd; Inductor's part is tested with airbench94."""
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='aot_eager'))
+    settings = [*SMALL, 'phase1.train_epochs=2', 'phase1.whiten_bias_epochs=1', 'phase1.shards=1']
+    hyp = override(swap94.hyp, [*settings, 'phase2.workers=2'])
+    options = {'device': torch.device('cpu'), 'dtype': torch.float64}
+    loaders = load(folder, dtype=torch.float64)
+    torch._dynamo.reset()
+    counters.clear()
+    faster = swap94.compiled(hyp, **options)
+    swap94.warm_up(*loaders, hyp, **faster)
+    graphs = counters['stats']['unique_graphs']
+    weights = []
+    for seed in (0, 1, 0):
+        net, _ = swap94.train(*loaders, hyp, seed, **faster)
+        weights.append({name: value.clone() for name, value in net.state_dict().items()})
+    assert 0 < graphs == counters['stats']['unique_graphs']  # nothing was compiled later
+    assert not counters['graph_break']
+    eager, _ = swap94.train(*loaders, hyp, seed=0)
+    assert_close(floats(weights[0]), floats(eager.state_dict()), rtol=1e-9, atol=1e-9)
+    assert differing(weights[0], weights[2]) == []
+    assert differing(floats(weights[0]), floats(weights[1]))
 
 
 def run_on_cuda(folder, tmp_path, *options):
