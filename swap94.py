@@ -34,7 +34,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
@@ -47,6 +47,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import nn
+from torch._inductor import config as inductor_config
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
@@ -249,8 +250,8 @@ class CifarLoader:
 
     def set_statistics(self, mean, std):
         """Normalize by these from now on: (C,) floats, in units of pixel / 255."""
-        self.mean = list(mean)
-        self.std = list(std)
+        self.mean = [float(value) for value in mean]
+        self.std = [float(value) for value in std]
         kind = torch.promote_types(self.dtype, torch.float32)
         self.pixel_mean = 255 * torch.tensor(self.mean, dtype=kind, device=self.device)
         self.pixel_scale = 1 / (255 * torch.tensor(self.std, dtype=kind, device=self.device))
@@ -1268,9 +1269,10 @@ def compiled(hyp=hyp, num_classes=10, *, device, dtype):
     Forward, loss and backward are compiled. What was compiled, and the addresses in CUDA graphs,
     serve as long as the network is the same.
     """
-    if 'LOCAL_WORLD_SIZE' in os.environ:  # the processes on a node share its cores
-        workers = min(32, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE']))
-        os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', str(max(1, workers)))
+    if 'TORCHINDUCTOR_COMPILE_THREADS' not in os.environ:
+        # Else each of a node's processes would compile by as many others as there are cores.
+        processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        inductor_config.compile_threads = max(1, min(32, os.cpu_count() // processes))
     mode = 'max-autotune' if torch.device(device).type == 'cuda' else 'default'
     options = {'fullgraph': True, 'dynamic': False, 'mode': mode}
     return {
@@ -1504,14 +1506,18 @@ def describe_call(train_loader):
     name = f'{name}, {torch.get_num_threads()} threads'
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
+    commit = None
     command = ['git', 'describe', '--always', '--exclude=*', '--abbrev=40', '--dirty']
-    folder = Path(__file__).parent
-    commit = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        output = subprocess.check_output(
+            command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True
+        )
+        commit = output.strip()
     return {
         'argv': sys.argv,
         'device': name,
         'kernels': 'torch' if train_loader.augment is augment else 'Triton',
-        'commit': commit or None,
+        'commit': commit,
         'python': platform.python_version(),
         'torch': torch.__version__,
     }
@@ -1597,14 +1603,15 @@ def read_records(folder, seed):
             record = json.loads(file.read_text())
             run = record['seed'] - seed
             is_whole = file == run_file(folder, run) and {'tta_val_acc', 'seconds'} <= record.keys()
+        except FileNotFoundError:  # another process has just renamed it
+            continue
         except (ValueError, KeyError, TypeError):
             is_whole = False
         if is_whole:
             records[run] = record
-        else:
-            print(
-                f'{file}: no whole record of this log; renamed to {file.stem}.damaged', flush=True
-            )
+            continue
+        print(f'{file}: no whole record of this log; now {file.stem}.damaged', flush=True)
+        with suppress(FileNotFoundError):
             file.rename(file.with_suffix('.damaged'))
     return records
 
@@ -1648,8 +1655,9 @@ def print_summary(summary, records, data):
     finished = [record for record in records if 'failed' not in record]
     seconds = np.mean([record['seconds'] for record in finished])
     pflop = np.mean([record['pflop'] for record in finished])
-    print(f'{seconds:.2f} seconds and {pflop:.3g} PFLOP a run; on the clock is all from the first')
-    print('access to the training images to the test-set predictions, but validation')
+    print(f'{seconds:.2f} seconds and {pflop:.3g} PFLOP a run')
+    clock_runs = 'from the first access to the training images to the test-set predictions'
+    print(f'on the clock: {clock_runs}, without validation')
     if not data['is_cifar10']:
         print(f'this is no CIFAR-10 figure: the data is {data["path"]}')
 
@@ -1679,8 +1687,10 @@ def print_row(row):
     """Print a row of the table: a dict with some of COLUMNS."""
     cells = []
     for name in COLUMNS:
-        value = row.get(name, '')
-        if isinstance(value, float):
+        value = row.get(name)
+        if value is None:
+            value = ''
+        elif isinstance(value, float):
             value = f'{value:.4f}'
         cells.append(str(value).rjust(max(9, len(name))))
     print('|', ' | '.join(cells), '|', flush=True)

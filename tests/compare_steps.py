@@ -1,10 +1,11 @@
-"""A training step on the CPU with and without keep_freed_memory: the table in the README's section on the step.
+"""A training step on the CPU with and without keep_freed_memory.
 
     python tests/compare_steps.py [airbench95.py]
 
-The script's network and batch size, fp32, on made-up images; the whitening bias trains, as in the first epochs. A B A B A B
-in this process: A is glibc's own way (its thresholds as they are once they have adapted to large blocks), B is
-keep_freed_memory's. After each change a step is made that is not counted.
+The script's network and batch size, fp32, on made-up images; the whitening bias trains, as in the
+first epochs. A B A B A B in this process: A is glibc's own way, with its thresholds as they are
+once they have adapted to large blocks; B is keep_freed_memory's. After each change a step is made
+that is not counted. logs/README.md has the figures.
 """
 
 import ctypes
@@ -23,9 +24,9 @@ ROUNDS, STEPS = 3, 4
 
 def return_freed_memory():
     libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 65536)         # M_MMAP_MAX
-    libc.mallopt(-3, 32 * 2**20)    # M_MMAP_THRESHOLD
-    libc.mallopt(-1, 64 * 2**20)    # M_TRIM_THRESHOLD
+    libc.mallopt(-4, 65536)  # M_MMAP_MAX
+    libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 64 * 2**20)  # M_TRIM_THRESHOLD
 
 
 def measured(step):
@@ -34,6 +35,10 @@ def measured(step):
     step()
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
     return seconds, after.ru_stime - before.ru_stime, after.ru_minflt - before.ru_minflt
+
+
+def describe(mode, seconds, kernel, faults):
+    return f'{mode.__name__}: {seconds:.2f} s, {kernel:.2f} s in the kernel, {faults:.0f} faults'
 
 
 def main():
@@ -55,11 +60,12 @@ def main():
             step()
             for _ in range(STEPS):
                 seconds.append(measured(step))
-                print(f'{mode.__name__}: {seconds[-1][0]:.2f} s, {seconds[-1][1]:.2f} s in the kernel, '
-                      f'{seconds[-1][2]} page faults', flush=True)
-    medians = {mode: [statistics.median(column) for column in zip(*rows)] for mode, rows in figures.items()}
+                print(describe(mode, *seconds[-1]), flush=True)
+    medians = {
+        mode: [statistics.median(column) for column in zip(*rows)] for mode, rows in figures.items()
+    }
     for mode, (seconds, kernel, faults) in medians.items():
-        print(f'median, {mode.__name__}: {seconds:.2f} s, {kernel:.2f} s in the kernel, {faults:.0f} page faults')
+        print('median,', describe(mode, seconds, kernel, faults))
     print(f'ratio {medians[script.keep_freed_memory][0] / medians[return_freed_memory][0]:.3f}')
 
 

@@ -4,7 +4,8 @@
 
 For NVIDIA's 8.0 (A100) and 9.0 (H100), disassembled by the tools in the triton package, and for
 AMD's gfx942 (MI300). Instructions are those of the program's text, and of the longest loop in it,
-which is not looked for in AMD's; flip_crop executes its loop four times for a 32 x 32 image.
+which is not looked for in AMD's; flip_crop executes its loop four times for a 32 x 32 image. The
+column 'fused' counts fp32 multiply-adds that round once.
 """
 
 import os
@@ -33,7 +34,17 @@ TARGETS = {
     'gfx942': GPUTarget('hip', 'gfx942', 64),
 }
 TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
-COLUMNS = ('kernel', 'target', 'registers', 'spilled', 'instructions', 'loop', 'loads', 'stores')
+COLUMNS = (
+    'kernel',
+    'target',
+    'registers',
+    'spilled',
+    'instructions',
+    'loop',
+    'fused',
+    'loads',
+    'stores',
+)
 AMD_BYTES = {
     'byte': 1,
     'ubyte': 1,
@@ -169,9 +180,10 @@ def sass_report(cubin):
     for name in names:
         if name.startswith(('LDL', 'STL')):  # loads and stores of local memory
             spilled += 1
+    fused = sum(name.startswith('FFMA') for name in names)
     loads = sass_widths(names, 'LDG')
     stores = sass_widths(names, 'STG')
-    return usage['REG'], spilled, len(names), longest_loop(text), loads, stores
+    return usage['REG'], spilled, len(names), longest_loop(text), fused, loads, stores
 
 
 def amd_number(text, key):
@@ -190,9 +202,10 @@ def amd_report(text):
         spilled += amd_number(text, key)
     names = re.findall(r'^\t[a-z]\w+', text, re.MULTILINE)
     registers = amd_number(text, 'vgpr_count')
+    fused = len(re.findall(r'\bv_(?:pk_)?fmac?_f32', text))
     loads = amd_widths(text, 'load')
     stores = amd_widths(text, 'store')
-    return registers, spilled, len(names), 0, loads, stores
+    return registers, spilled, len(names), 0, fused, loads, stores
 
 
 def report_row(name, source, target):
@@ -213,7 +226,7 @@ def report():
 
 
 def main():
-    form = '{:21} {:7} {:>9} {:>7} {:>12} {:>5}  {:22} {}'
+    form = '{:21} {:7} {:>9} {:>7} {:>12} {:>5} {:>5}  {:22} {}'
     print(f'triton {triton.__version__}; loads and stores: bytes a thread x how many')
     print(form.format(*COLUMNS))
     for row in report():

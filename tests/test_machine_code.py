@@ -49,3 +49,9 @@ def test_no_kernel_spills(rows):
 def test_all_stores_are_16_bytes_wide(rows):
     narrow = [key for key, row in rows.items() if set(row['stores']) != {'16'}]
     assert narrow == [('narrow', 'sm_80')]
+
+
+def test_flip_crop_multiplies_and_subtracts_apart(rows):
+    """As torch does: fused, they would round otherwise than the scripts' augment."""
+    fused = {kernel for (kernel, _), row in rows.items() if row['fused'] > 0}
+    assert fused == {'lookahead', 'running_mean', 'mean', 'narrow'}
