@@ -26,7 +26,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import platform
 import socket
 import subprocess
@@ -813,7 +812,10 @@ def download_cifar10(folder):
     folder comes first. Of several processes one downloads, and the others wait for it. Raises
     UserError if no source serves.
     """
-    if is_own_set(folder) or Path(folder, CIFAR10.base_folder).exists():
+    unpacked = Path(folder, CIFAR10.base_folder)
+    lock_file = Path(folder, 'download.lock')
+    # As long as there is a lock file, the set may not be whole.
+    if is_own_set(folder) or (unpacked.exists() and not lock_file.exists()):
         return
     urls = CIFAR_URLS
     if os.environ.get('CIFAR10_URL'):
@@ -822,12 +824,13 @@ def download_cifar10(folder):
     patience_before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)
     try:
-        with FileLock(Path(folder, 'download.lock')):
+        with FileLock(lock_file):
             for url in urls:
                 print(f'CIFAR-10 from {url}', flush=True)
                 source = type('Source', (CIFAR10,), {'url': url})
                 try:
                     source(folder, download=True)
+                    lock_file.unlink(missing_ok=True)
                     return
                 except Exception as error:  # whatever is wrong here, the next may serve
                     failure = first_lines(error)
@@ -894,9 +897,11 @@ def load_data(path, train=True):
     """
     try:
         where, data = read_split(path, train)
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(f'--data digits needs scikit-learn: {error}') from error
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged files fail in many ways
         # Not the error's own text: torch's would advise to load files that can run code.
         split = 'training' if train else 'test'
         found = f'{path}, {split} set: a file is damaged, or holds other things than tensors'
@@ -914,7 +919,7 @@ def load_data(path, train=True):
         train_images = images if train else load_data(path)['images']
         std, mean = torch.std_mean(train_images / 255, (0, 1, 2), correction=0)
         std = std.clamp_min(1 / 255)  # a constant channel stays finite
-    content = {'images': images.contiguous(), 'labels': labels, 'classes': classes}
+    content = {'images': images.contiguous(), 'labels': labels.contiguous(), 'classes': classes}
     return content | {'mean': mean, 'std': std}
 
 
@@ -1059,6 +1064,10 @@ def run_file(folder, run):
     return folder / 'runs' / f'{run:05}.json'
 
 
+# What the summary needs of a run's record.
+RECORD_KEYS = {'tta_val_acc', 'seconds', 'pflop'}
+
+
 def read_records(folder, seed):
     """{run: record} of the runs that are there.
 
@@ -1070,7 +1079,7 @@ def read_records(folder, seed):
         try:
             record = json.loads(file.read_text())
             run = record['seed'] - seed
-            is_whole = file == run_file(folder, run) and {'tta_val_acc', 'seconds'} <= record.keys()
+            is_whole = file == run_file(folder, run) and RECORD_KEYS <= record.keys()
         except FileNotFoundError:  # another process has just renamed it
             continue
         except (ValueError, KeyError, TypeError):
@@ -1377,7 +1386,8 @@ def choose_data(args):
         download_cifar10('cifar10')
         return 'cifar10', settings
     except UserError as error:
-        if args.overrides or os.environ.get('CIFAR10_URL') or process_count() > 1:
+        is_bare = not args.overrides and args.load is None
+        if not is_bare or os.environ.get('CIFAR10_URL') or process_count() > 1:
             raise
         print(f'\n*** THIS IS NOT CIFAR-10: {error}')
     print(f'*** Training on handwritten digits instead, with {" ".join(DIGITS)}.')
@@ -1461,7 +1471,8 @@ def make_runs(wanted, folder, *rest):
             with lock.acquire(timeout=0):
                 if not file.exists():
                     make_run(run, folder, *rest)
-                os.remove(lock.lock_file)  # who comes later finds the record
+                # Who comes later finds the record. Another process may have removed it, too.
+                Path(lock.lock_file).unlink(missing_ok=True)
         except Timeout:
             continue
 
@@ -1471,7 +1482,7 @@ def main(argv=None):
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.backends.cudnn.benchmark = True
-    if args.load:
+    if args.load is not None:
         evaluate_saved(args, device, dtype)
         return 0
 
