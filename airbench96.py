@@ -24,10 +24,10 @@ import copy
 import ctypes
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
-import pickle
 import platform
 import socket
 import subprocess
@@ -142,9 +142,12 @@ def augment(images, index, flip, shift, corner=None, size=0, *, mean, scale, dty
     height, width = images.shape[1:3]
     y = torch.arange(height, device=images.device)
     x = torch.arange(width, device=images.device)
+    # The published loader pads by reflection and crops; here the index is reflected.
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
-    pixels = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    # Rows first, then columns: an index of both would be written out for every pixel.
+    pixels = images[index[:, None], rows]
+    pixels = torch.take_along_dim(pixels, columns[:, None, :, None], 2)
     batch = normalize(pixels, mean, scale, dtype)
     if size > 0:
         in_rows = (y >= corner[:, :1]) & (y < corner[:, :1] + size)
@@ -161,8 +164,8 @@ class CifarLoader:
 
     Args:
         path: a folder or 'digits', as for `load_data`.
-        aug: as in `hyp`; what it lacks is off.
-        drop_last, shuffle: by default, what `train` is.
+        aug: as in `hyp`; missing keys are off.
+        drop_last, shuffle: default to the value of `train`.
         augment: the function of that name, or another with its results.
 
     Raises UserError where load_data does, for a wrong batch_size or aug, and, when an epoch starts,
@@ -196,8 +199,9 @@ class CifarLoader:
         self.shuffle = train if shuffle is None else shuffle
         self.augment = augment
         self.seed = seed
-        self.epoch = 0  # how many were served
-        self.sent = None, None  # the draws that are on the device, after what they depend on
+        self.epoch = 0  # epochs served so far
+        self.draws = None  # those of the next epoch, on the device
+        self.draws_key = None  # what they were drawn for
         if batch_size < 1:
             raise UserError(f'batch_size={batch_size}: must be at least 1')
         if self.aug.keys() != {'flip', 'translate', 'cutout'}:
@@ -222,7 +226,8 @@ class CifarLoader:
         if not self.drop_last:
             return math.ceil(batches)
         if batches < 1:
-            raise UserError(f'{len(self.images)} images do not fill a batch of {self.batch_size}')
+            fill = f'{len(self.images)} images do not fill a batch of {self.batch_size}'
+            raise UserError(f'{fill}: choose a smaller batch size')
         return math.floor(batches)
 
     def draw(self, epoch):
@@ -260,25 +265,26 @@ class CifarLoader:
         if is_cuda:
             draws = {name: values.pin_memory() for name, values in draws.items()}
         draws = {name: v.to(self.device, non_blocking=is_cuda) for name, v in draws.items()}
-        self.sent = self.draw_key(), draws
+        self.draws = draws
+        self.draws_key = self.draw_key()
 
     def __iter__(self):
         check_split(self.images, self.labels, 'the loader')
-        if self.sent[0] != self.draw_key():
+        if self.draws_key != self.draw_key():
             self.send_draws()
-        _, draws = self.sent
+        draws = self.draws
         self.epoch += 1
         order = draws['order']
         labels = self.labels[order]
-        of_images = [values[order] for name, values in draws.items() if name != 'order']
+        per_image = [values[order] for name, values in draws.items() if name != 'order']
         options = {'size': self.aug['cutout'], 'mean': self.pixel_mean, 'scale': self.pixel_scale}
         batches = len(self)
         for batch in range(batches):
             if batch == batches - 1:
                 self.send_draws()  # a GPU still works on the batches before
-            here = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            places = [order[here], *(values[here] for values in of_images)]
-            yield self.augment(self.images, *places, **options, dtype=self.dtype), labels[here]
+            part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            args = [order[part], *(values[part] for values in per_image)]
+            yield self.augment(self.images, *args, **options, dtype=self.dtype), labels[part]
 
 
 #### Network #######################################################################################
@@ -355,10 +361,16 @@ class ConvGroup(nn.Module):
         return self.activ(x)
 
 
-class AutocastSequential(nn.Sequential):
-    """Layers that compute in bfloat16, as far as torch.autocast does, with weights in fp32."""
+class Net(nn.Sequential):
+    """Layers, one after another; if `autocast`, in bfloat16 where torch.autocast computes in it."""
+
+    def __init__(self, *layers, autocast):
+        super().__init__(*layers)
+        self.autocast = autocast
 
     def forward(self, x):
+        if not self.autocast:
+            return super().forward(x)
         with torch.autocast(x.device.type, torch.bfloat16):
             outputs = super().forward(x)
         return outputs.float()
@@ -389,11 +401,9 @@ def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
             nn.Linear(widths['block3'], num_classes, bias=False),
             Mul(hyp['net']['scaling_factor']),
         ]
-    if dtype == torch.bfloat16:
-        net = AutocastSequential(*layers)
+    net = Net(*layers, autocast=dtype == torch.bfloat16)
+    if net.autocast:
         dtype = torch.float32
-    else:
-        net = nn.Sequential(*layers)
     net[0].weight.requires_grad = False
     net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     for module in net.modules():
@@ -442,7 +452,8 @@ def make_optimizer(net, hyp, total_steps, fused=None):
     """Nesterov SGD and its schedule: (optimizer, scheduler). fused: as for torch.optim.SGD.
 
     Learning rate, weight decay, momentum and batch size can each be tuned alone:
-    https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/
+    https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/. The rates are for a loss
+    that is summed over the batch. BatchNorm's biases are known by "norm" in their names.
     """
     opt = hyp['opt']
     # Momentum enlarges a steady step by 1 / (1 - momentum). The published scale makes up for that,
@@ -476,14 +487,24 @@ def lookahead_decay(step, total_steps, settings):
     return settings['decay'] * (step / total_steps) ** settings['power']
 
 
+def by_dtype(tensors):
+    """Lists of the tensors of each dtype: for mixed lists, torch's foreach functions are slow."""
+    lists = {}
+    for tensor in tensors:
+        lists.setdefault(tensor.dtype, []).append(tensor)
+    return list(lists.values())
+
+
 def lookahead(averages, weights, decay):
     """Move averages towards weights, of which they take the share 1 - decay, and weights to them.
 
-    Both are lists of tensors, and are changed in place.
+    Both are lists of tensors, and are changed in place. `train` averages BatchNorm's running
+    statistics too, and ends with decay=1.0, which sets the weights to their averages.
     Section 3.4, after Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back" (2019).
     """
-    torch._foreach_lerp_(averages, weights, 1 - decay)
-    torch._foreach_copy_(weights, averages)
+    for some_averages, some_weights in zip(by_dtype(averages), by_dtype(weights)):
+        torch._foreach_lerp_(some_averages, some_weights, 1 - decay)
+        torch._foreach_copy_(some_weights, some_averages)
 
 
 #### Loss and evaluation ###########################################################################
@@ -507,17 +528,15 @@ def tta_views(inputs, tta_level):
     Level 0 is the batch. Level 1 adds its mirror image, with the same weight. Level 2 adds both of
     them moved by a pixel, up-left and down-right; together these weigh as much as the unmoved ones.
     """
-    views = [(1.0, inputs)]
+    if tta_level == 0:
+        return [(1.0, inputs)]
+    views = [(0.5, inputs)]
     if tta_level == 2:
         padded = F.pad(inputs, (1, 1, 1, 1), mode='reflect')
-        views = [(0.5, inputs), (0.25, padded[:, :, 2:, 2:]), (0.25, padded[:, :, :-2, :-2])]
-    if tta_level == 0:
-        return views
-    mirrored_too = []
-    for weight, view in views:
-        mirrored_too.append((0.5 * weight, view))
-        mirrored_too.append((0.5 * weight, view.flip(-1)))
-    return mirrored_too
+        up_left = padded[:, :, 2:, 2:]
+        down_right = padded[:, :, :-2, :-2]
+        views = [(0.25, inputs), (0.125, up_left), (0.125, down_right)]
+    return views + [(weight, view.flip(-1)) for weight, view in views]
 
 
 def forward(net, inputs):
@@ -526,7 +545,7 @@ def forward(net, inputs):
 
 
 def infer(net, loader, tta_level=0, forward=forward):
-    """Logits (N, num_classes) of the loader's images, in their order, without augmentation but TTA.
+    """Logits (N, num_classes) of the loader's images, in their order, not augmented but by TTA.
 
     Leaves the network in evaluation mode.
     """
@@ -552,13 +571,13 @@ def evaluate(net, loader, tta_level=0, forward=forward):
 
 
 def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=compute_loss):
-    """One step of SGD. Returns what compute_loss does, detached."""
+    """One step of SGD. Returns what compute_loss does; the outputs live until the next step."""
     loss, outputs = compute_loss(net, inputs, labels, label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    # Clones, as the next call of a CUDA graph overwrites the originals.
-    return loss.detach().clone(), outputs.clone()
+    # A clone, as the next call of a CUDA graph overwrites the original.
+    return loss.detach().clone(), outputs
 
 
 def train(
@@ -593,6 +612,7 @@ def train(
 
     Raises UserError where the loaders do.
     """
+    torch.manual_seed(seed)  # nothing here draws from it, but an edited loss may
     opt = hyp['opt']
     device = train_loader.device
     train_loader.seed = seed
@@ -636,18 +656,19 @@ def train(
             lookahead(averages, weights, decay=1.0)  # the averages are the result
         record['seconds'] += clock(device) - start
 
-        net[0].bias.requires_grad = True  # evaluation is compiled for one state
+        train_acc = (outputs.argmax(1) == labels).sum().item() / len(labels)
+        net[0].bias.requires_grad = True  # so that evaluation is compiled once
         losses = torch.stack(losses).tolist()
-        for place, loss in enumerate(losses):
+        for i, loss in enumerate(losses):
             if not math.isfinite(loss):
-                failed_step = step - steps + place + 1
+                failed_step = step - steps + i + 1
                 record['failed'] = {'step': failed_step, 'reason': f'the loss is {loss}'}
                 return net, record
         record['val_acc'] = evaluate(net, test_loader, forward=forward)
         row = {
             'epoch': epoch,
             'train_loss': losses[-1] / len(labels),
-            'train_acc': (outputs.argmax(1) == labels).sum().item() / len(labels),
+            'train_acc': train_acc,
             'val_acc': record['val_acc'],
             'seconds': record['seconds'],
         }
@@ -665,7 +686,7 @@ def train(
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend, told in one line."""
+    """An error that the user can mend, printed in one line."""
 
 
 def first_lines(error):
@@ -689,7 +710,7 @@ def report_errors(main):
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         message = first_lines(error)
         code = 2
-    print(f'{Path(__file__).name}: {message}', file=sys.stderr)
+    print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
     return code
 
 
@@ -755,8 +776,9 @@ def compiled(hyp=hyp, num_classes=10, *, device, dtype):
 def load_kernels(choice, device):
     """(augment, lookahead): Triton's, from the folder kernels beside this script, or torch's.
 
-    choice: 'on', 'off', or 'auto', which is on where the device is CUDA and the kernels work.
-    Raises UserError for 'on' where they do not work.
+    choice: 'on', 'off', or 'auto', which is on where the device is CUDA and the kernels work: they
+    are tried, and must give what this script's functions give, so that an edited one is not
+    replaced. Raises UserError for 'on' where they do not work.
     """
     if choice == 'off' or (choice == 'auto' and device.type != 'cuda'):
         return augment, lookahead
@@ -764,7 +786,7 @@ def load_kernels(choice, device):
         from kernels import flip_crop, require
         from kernels import lookahead as lookahead_kernel
 
-        require(device)
+        require(device, augment, lookahead)
         return flip_crop, lookahead_kernel
     except Exception as error:  # ImportError, RuntimeError or one of Triton's own
         reason = first_lines(error)
@@ -787,7 +809,7 @@ def first_images(loader, n):
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # (R, G, B), in units of pixel / 255
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
-# Of the whole set's images and labels, as data_digest computes it.
+# Of the whole set's images and labels, as describe_recipe computes it.
 CIFAR_SHA256 = '6b3883dca6c867f1e58def548c063d1865569b8575fcbce06b3e468a89f9895a'
 # The last is the origin, which has been slow or down since 2026-06-23.
 CIFAR_URLS = [
@@ -814,7 +836,10 @@ def download_cifar10(folder):
     folder comes first. Of several processes one downloads, and the others wait for it. Raises
     UserError if no source serves.
     """
-    if is_own_set(folder) or Path(folder, CIFAR10.base_folder).exists():
+    unpacked = Path(folder, CIFAR10.base_folder)
+    lock_file = Path(folder, 'download.lock')
+    # As long as there is a lock file, the set may not be whole.
+    if is_own_set(folder) or (unpacked.exists() and not lock_file.exists()):
         return
     urls = CIFAR_URLS
     if os.environ.get('CIFAR10_URL'):
@@ -823,19 +848,21 @@ def download_cifar10(folder):
     patience_before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)
     try:
-        with FileLock(Path(folder, 'download.lock')):
+        with FileLock(lock_file):
             for url in urls:
                 print(f'CIFAR-10 from {url}', flush=True)
                 source = type('Source', (CIFAR10,), {'url': url})
                 try:
                     source(folder, download=True)
+                    lock_file.unlink(missing_ok=True)
                     return
                 except Exception as error:  # whatever is wrong here, the next may serve
                     failure = first_lines(error)
                     print(f'  failed: {failure}', flush=True)
     finally:
         socket.setdefaulttimeout(patience_before)
-    raise UserError(f'CIFAR-10 could not be downloaded; the last source was {url}: {failure}')
+    way_out = f'put {CIFAR10.filename} into {folder}, or try --data digits'
+    raise UserError(f'CIFAR-10 could not be downloaded ({url}: {failure}); {way_out}')
 
 
 def digits_split(train):
@@ -853,7 +880,7 @@ def digits_split(train):
 
 
 def read_split(path, train):
-    """(what holds a split of the set at `path`, what it holds), unchecked. Raises what may be."""
+    """Read a split of the set at `path`: (file or folder, its content), not checked yet."""
     if path == 'digits':
         return path, digits_split(train)
     if is_own_set(path):
@@ -895,9 +922,11 @@ def load_data(path, train=True):
     """
     try:
         where, data = read_split(path, train)
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(f'--data digits needs scikit-learn: {error}') from error
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged files fail in many ways
         # Not the error's own text: torch's would advise to load files that can run code.
         split = 'training' if train else 'test'
         found = f'{path}, {split} set: a file is damaged, or holds other things than tensors'
@@ -915,7 +944,7 @@ def load_data(path, train=True):
         train_images = images if train else load_data(path)['images']
         std, mean = torch.std_mean(train_images / 255, (0, 1, 2), correction=0)
         std = std.clamp_min(1 / 255)  # a constant channel stays finite
-    content = {'images': images.contiguous(), 'labels': labels, 'classes': classes}
+    content = {'images': images.contiguous(), 'labels': labels.contiguous(), 'classes': classes}
     return content | {'mean': mean, 'std': std}
 
 
@@ -930,8 +959,10 @@ def flop_per_image(hyp, num_classes):
     options = {'device': 'meta', 'dtype': torch.float32}
     net = make_net(hyp, num_classes, **options)
     image = torch.empty(1, 3, 32, 32, **options)
+    label = torch.empty(1, dtype=torch.int64, device='meta')
     with FlopCounterMode(display=False) as of_training:
-        net(image).sum().backward()
+        loss, _ = compute_loss(net, image, label, 0.0)
+        loss.backward()
     with FlopCounterMode(display=False) as of_view, torch.no_grad():
         net(image)
     return of_training.get_total_flops(), of_view.get_total_flops()
@@ -992,16 +1023,16 @@ def describe_call(train_loader):
     }
 
 
-def write_atomically(path, save):
-    """Let save(file) write a file that gets the name `path` when it is whole.
+def write_atomically(path, content):
+    """Write bytes into a file that gets the name `path` when it is whole.
 
     Raises UserError, which names the file, if it cannot be written; what was there stays.
     """
     temporary = path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.tmp')
     try:
-        save(temporary)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
+    except OSError as error:
         raise UserError(f'{path} cannot be written: {first_lines(error)}') from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -1009,11 +1040,14 @@ def write_atomically(path, save):
 
 def write_json(path, content):
     text = json.dumps(content, indent=1, allow_nan=False) + '\n'
+    write_atomically(path, text.encode())
 
-    def save(file):
-        file.write_text(text)
 
-    write_atomically(path, save)
+def write_tensors(path, content):
+    """Write tensors, in lists and dicts, as torch.save does."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 def flat(tree, prefix=''):
@@ -1033,14 +1067,18 @@ def open_log(folder, config):
     Raises UserError if it is the log of something else.
     """
     file = folder / 'config.json'
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f'--out {folder}: is no folder')
     folder.mkdir(parents=True, exist_ok=True)
+    harmless = ('.lock', '.tmp', '.out', '.err', '.log')  # a scheduler's, for example
+    others = [path.name for path in folder.iterdir() if path.suffix not in harmless]
+    if others and not file.exists():
+        raise UserError(f'--out {folder}: holds {others[0]}, and no log; choose another folder')
     with FileLock(folder / 'config.lock'):
         if not file.exists():
-            others = [path for path in folder.iterdir() if not path.name.startswith('config.')]
-            if others:
-                raise UserError(f'--out {folder}: holds {others[0].name}, and no log')
             write_json(file, config)
     (folder / 'runs').mkdir(exist_ok=True)
+    (folder / 'locks').mkdir(exist_ok=True)
     try:
         before = flat(json.loads(file.read_text()))
     except (ValueError, AttributeError) as error:
@@ -1060,6 +1098,10 @@ def run_file(folder, run):
     return folder / 'runs' / f'{run:05}.json'
 
 
+# What the summary needs of a run's record.
+RECORD_KEYS = {'tta_val_acc', 'seconds', 'pflop'}
+
+
 def read_records(folder, seed):
     """{run: record} of the runs that are there.
 
@@ -1071,7 +1113,7 @@ def read_records(folder, seed):
         try:
             record = json.loads(file.read_text())
             run = record['seed'] - seed
-            is_whole = file == run_file(folder, run) and {'tta_val_acc', 'seconds'} <= record.keys()
+            is_whole = file == run_file(folder, run) and RECORD_KEYS <= record.keys()
         except FileNotFoundError:  # another process has just renamed it
             continue
         except (ValueError, KeyError, TypeError):
@@ -1172,11 +1214,7 @@ def save_network(path, net, hyp, loader):
     """Write all that `load_network` needs to predict."""
     content = {'hyp': hyp, 'classes': loader.classes, 'mean': loader.mean, 'std': loader.std}
     content['weights'] = net.state_dict()
-
-    def save(file):
-        torch.save(content, file)
-
-    write_atomically(path, save)
+    write_tensors(path, content)
 
 
 def load_network(path, *, device, dtype):
@@ -1188,11 +1226,14 @@ def load_network(path, *, device, dtype):
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
         net = make_net(saved['hyp'], len(saved['classes']), device=device, dtype=dtype)
-        net.load_state_dict(saved['weights'])
     except FileNotFoundError as error:
-        raise UserError(f'--load {path}: there is no such file') from error
+        raise UserError(f'{path}: there is no such file') from error
     except Exception as error:  # damaged files fail in many ways
-        raise UserError(f'--load {path}: damaged, or not written by --save') from error
+        raise UserError(f'{path}: damaged, or not written by --save') from error
+    try:
+        net.load_state_dict(saved['weights'])
+    except RuntimeError as error:
+        raise UserError(f"{path}: its weights do not fit this script's network") from error
     return net, saved
 
 
@@ -1268,7 +1309,7 @@ def override(hyp, assignments):
         except ValueError as error:
             example = f'{kind.__name__}, like {group[name]}'
             raise UserError(f'{assignment}: must be of type {example}') from error
-        if not low <= value <= high:
+        if kind is not str and not low <= value <= high:
             raise UserError(f'{assignment}: must be from {low:g} to {high:g}')
         group[name] = value
     return hyp
@@ -1378,11 +1419,11 @@ def choose_data(args):
         download_cifar10('cifar10')
         return 'cifar10', settings
     except UserError as error:
-        if args.overrides or os.environ.get('CIFAR10_URL') or process_count() > 1:
+        is_bare = not args.overrides and args.load is None
+        if not is_bare or os.environ.get('CIFAR10_URL') or process_count() > 1:
             raise
         print(f'\n*** THIS IS NOT CIFAR-10: {error}')
-    print(f'*** Training on handwritten digits instead, with {" ".join(DIGITS)}.')
-    print('*** For CIFAR-10, put cifar-10-python.tar.gz into the folder cifar10.\n', flush=True)
+    print(f'*** Training on handwritten digits instead, with {" ".join(DIGITS)}.\n', flush=True)
     return 'digits', override(hyp, DIGITS)
 
 
@@ -1421,16 +1462,18 @@ def warm_up(train_loader, test_loader, hyp, faster):
     """
     start = time.perf_counter()
     if is_first_process():
-        print('warming up; compiling takes minutes', flush=True)
+        print('warming up', flush=True)
     few = first_images(train_loader, 3 * train_loader.batch_size)
     few.labels = torch.randint_like(few.labels, len(few.classes))
     test_batch = test_loader.batch_size
     few_tests = first_images(test_loader, test_batch + len(test_loader.labels) % test_batch)
-    calm = {'train_epochs': 2, 'whiten_bias_epochs': 1, 'lr': 0.01 * hyp['opt']['lr']}
+    short = {'train_epochs': 2, 'whiten_bias_epochs': 1, 'lr': 0.01 * hyp['opt']['lr']}
     try:
-        train(few, few_tests, hyp | {'opt': hyp['opt'] | calm}, **faster)
+        _, record = train(few, few_tests, hyp | {'opt': hyp['opt'] | short}, **faster)
     except Exception as error:  # torch and Inductor have errors of many kinds
         raise UserError(f'the warm-up run failed: {first_lines(error)}') from error
+    if 'failed' in record:
+        raise UserError(f'the warm-up run failed: {record["failed"]["reason"]}')
     return time.perf_counter() - start
 
 
@@ -1453,18 +1496,21 @@ def make_run(run, folder, config, loaders, faster, about, save):
     write_json(file, record | about)
 
 
-def make_runs(wanted, folder, *rest):
+def make_runs(wanted, folder, config, loaders, faster, about, save):
     """Make those of `wanted` runs that are not there, and that no other process is making."""
-    for run in range(wanted):
-        file = run_file(folder, run)
-        lock = FileLock(file.with_suffix('.lock'))
-        try:
-            with lock.acquire(timeout=0):
-                if not file.exists():
-                    make_run(run, folder, *rest)
-                os.remove(lock.lock_file)  # who comes later finds the record
-        except Timeout:
-            continue
+    has_made_one = True
+    while has_made_one:  # again, as another process may be lost meanwhile, and its run free
+        has_made_one = False
+        for run in range(wanted):
+            if run_file(folder, run).exists():
+                continue
+            try:
+                with FileLock(folder / 'locks' / f'{run:05}.lock', timeout=0):
+                    if not run_file(folder, run).exists():
+                        make_run(run, folder, config, loaders, faster, about, save)
+                        has_made_one = True
+            except Timeout:
+                continue
 
 
 def main(argv=None):
@@ -1472,7 +1518,7 @@ def main(argv=None):
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.backends.cudnn.benchmark = True
-    if args.load:
+    if args.load is not None:
         evaluate_saved(args, device, dtype)
         return 0
 
@@ -1493,11 +1539,13 @@ def main(argv=None):
     try:
         make_runs(wanted, folder, config, loaders, faster, about, args.save)
     except BaseException:
-        close_log(folder, config)
-        print(f'the same line with --out {folder} makes the rest', flush=True)
+        if is_first_process():
+            print(f'to go on, run the same command with --out {folder}', flush=True)
+            with suppress(UserError):  # the disk may be full
+                close_log(folder, config)
         raise
     if count_missing(read_records(folder, args.seed), wanted) > 0:
-        print('other processes make the rest; the last one prints the summary')
+        print('other processes are making the last runs; if they are lost, give the command again')
         return 0
     summary = close_log(folder, config)
     # To torchrun, 1 would mean a lost process and a restart, which can only fail again.

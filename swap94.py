@@ -12,7 +12,7 @@
 All ranks train one model, then each a worker of its own, whose weights are averaged: the algorithm
 of Gupta, Serrano and DeCoste, "Stochastic Weight Averaging in Parallel" (2020), arXiv:2001.02312,
 "SWAP" below. Network and loader are airbench94's, of "the paper". Measured: 93.66% (n=1), with
-0.059 PFLOP on the longest of eight ranks; airbench94: 94.05% (n=3), with 0.36. README.md links the
+0.059 PFLOP on the longest of eight ranks; airbench94: 93.995% (n=4), with 0.36. README.md links the
 logs. No GPU has run this code yet.
 """
 
@@ -23,10 +23,10 @@ import copy
 import ctypes
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
-import pickle
 import platform
 import socket
 import subprocess
@@ -185,9 +185,12 @@ def augment(images, index, flip, shift, corner=None, size=0, *, mean, scale, dty
     height, width = images.shape[1:3]
     y = torch.arange(height, device=images.device)
     x = torch.arange(width, device=images.device)
+    # The published loader pads by reflection and crops; here the index is reflected.
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
-    pixels = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    # Rows first, then columns: an index of both would be written out for every pixel.
+    pixels = images[index[:, None], rows]
+    pixels = torch.take_along_dim(pixels, columns[:, None, :, None], 2)
     batch = normalize(pixels, mean, scale, dtype)
     if size > 0:
         in_rows = (y >= corner[:, :1]) & (y < corner[:, :1] + size)
@@ -204,8 +207,8 @@ class CifarLoader:
 
     Args:
         path: a folder or 'digits', as for `load_data`.
-        aug: as in `hyp`; what it lacks is off.
-        drop_last, shuffle: by default, what `train` is.
+        aug: as in `hyp`; missing keys are off.
+        drop_last, shuffle: default to the value of `train`.
         augment: the function of that name, or another with its results.
 
     Raises UserError where load_data does, for a wrong batch_size or aug, and, when an epoch starts,
@@ -239,8 +242,9 @@ class CifarLoader:
         self.shuffle = train if shuffle is None else shuffle
         self.augment = augment
         self.seed = seed
-        self.epoch = 0  # how many were served
-        self.sent = None, None  # the draws that are on the device, after what they depend on
+        self.epoch = 0  # epochs served so far
+        self.draws = None  # those of the next epoch, on the device
+        self.draws_key = None  # what they were drawn for
         if batch_size < 1:
             raise UserError(f'batch_size={batch_size}: must be at least 1')
         if self.aug.keys() != {'flip', 'translate', 'cutout'}:
@@ -265,7 +269,8 @@ class CifarLoader:
         if not self.drop_last:
             return math.ceil(batches)
         if batches < 1:
-            raise UserError(f'{len(self.images)} images do not fill a batch of {self.batch_size}')
+            fill = f'{len(self.images)} images do not fill a batch of {self.batch_size}'
+            raise UserError(f'{fill}: choose a smaller batch size')
         return math.floor(batches)
 
     def draw(self, epoch):
@@ -303,25 +308,26 @@ class CifarLoader:
         if is_cuda:
             draws = {name: values.pin_memory() for name, values in draws.items()}
         draws = {name: v.to(self.device, non_blocking=is_cuda) for name, v in draws.items()}
-        self.sent = self.draw_key(), draws
+        self.draws = draws
+        self.draws_key = self.draw_key()
 
     def __iter__(self):
         check_split(self.images, self.labels, 'the loader')
-        if self.sent[0] != self.draw_key():
+        if self.draws_key != self.draw_key():
             self.send_draws()
-        _, draws = self.sent
+        draws = self.draws
         self.epoch += 1
         order = draws['order']
         labels = self.labels[order]
-        of_images = [values[order] for name, values in draws.items() if name != 'order']
+        per_image = [values[order] for name, values in draws.items() if name != 'order']
         options = {'size': self.aug['cutout'], 'mean': self.pixel_mean, 'scale': self.pixel_scale}
         batches = len(self)
         for batch in range(batches):
             if batch == batches - 1:
                 self.send_draws()  # a GPU still works on the batches before
-            here = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            places = [order[here], *(values[here] for values in of_images)]
-            yield self.augment(self.images, *places, **options, dtype=self.dtype), labels[here]
+            part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            args = [order[part], *(values[part] for values in per_image)]
+            yield self.augment(self.images, *args, **options, dtype=self.dtype), labels[part]
 
 
 #### Network #######################################################################################
@@ -398,10 +404,16 @@ class ConvGroup(nn.Module):
         return self.activ(x)
 
 
-class AutocastSequential(nn.Sequential):
-    """Layers that compute in bfloat16, as far as torch.autocast does, with weights in fp32."""
+class Net(nn.Sequential):
+    """Layers, one after another; if `autocast`, in bfloat16 where torch.autocast computes in it."""
+
+    def __init__(self, *layers, autocast):
+        super().__init__(*layers)
+        self.autocast = autocast
 
     def forward(self, x):
+        if not self.autocast:
+            return super().forward(x)
         with torch.autocast(x.device.type, torch.bfloat16):
             outputs = super().forward(x)
         return outputs.float()
@@ -432,11 +444,9 @@ def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
             nn.Linear(widths['block3'], num_classes, bias=False),
             Mul(hyp['net']['scaling_factor']),
         ]
-    if dtype == torch.bfloat16:
-        net = AutocastSequential(*layers)
+    net = Net(*layers, autocast=dtype == torch.bfloat16)
+    if net.autocast:
         dtype = torch.float32
-    else:
-        net = nn.Sequential(*layers)
     net[0].weight.requires_grad = False
     net.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     for module in net.modules():
@@ -485,7 +495,8 @@ def make_optimizer(net, hyp, total_steps, fused=None):
     """Nesterov SGD and its schedule: (optimizer, scheduler). fused: as for torch.optim.SGD.
 
     Learning rate, weight decay, momentum and batch size can each be tuned alone:
-    https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/
+    https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/. The rates are for a loss
+    that is summed over the batch. BatchNorm's biases are known by "norm" in their names.
     """
     opt = hyp['opt']
     # Momentum enlarges a steady step by 1 / (1 - momentum). The published scale makes up for that,
@@ -519,14 +530,24 @@ def lookahead_decay(step, total_steps, settings):
     return settings['decay'] * (step / total_steps) ** settings['power']
 
 
+def by_dtype(tensors):
+    """Lists of the tensors of each dtype: for mixed lists, torch's foreach functions are slow."""
+    lists = {}
+    for tensor in tensors:
+        lists.setdefault(tensor.dtype, []).append(tensor)
+    return list(lists.values())
+
+
 def lookahead(averages, weights, decay):
     """Move averages towards weights, of which they take the share 1 - decay, and weights to them.
 
-    Both are lists of tensors, and are changed in place.
+    Both are lists of tensors, and are changed in place. `train` averages BatchNorm's running
+    statistics too, and ends with decay=1.0, which sets the weights to their averages.
     Section 3.4, after Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back" (2019).
     """
-    torch._foreach_lerp_(averages, weights, 1 - decay)
-    torch._foreach_copy_(weights, averages)
+    for some_averages, some_weights in zip(by_dtype(averages), by_dtype(weights)):
+        torch._foreach_lerp_(some_averages, some_weights, 1 - decay)
+        torch._foreach_copy_(some_weights, some_averages)
 
 
 #### Loss and evaluation ###########################################################################
@@ -550,17 +571,15 @@ def tta_views(inputs, tta_level):
     Level 0 is the batch. Level 1 adds its mirror image, with the same weight. Level 2 adds both of
     them moved by a pixel, up-left and down-right; together these weigh as much as the unmoved ones.
     """
-    views = [(1.0, inputs)]
+    if tta_level == 0:
+        return [(1.0, inputs)]
+    views = [(0.5, inputs)]
     if tta_level == 2:
         padded = F.pad(inputs, (1, 1, 1, 1), mode='reflect')
-        views = [(0.5, inputs), (0.25, padded[:, :, 2:, 2:]), (0.25, padded[:, :, :-2, :-2])]
-    if tta_level == 0:
-        return views
-    mirrored_too = []
-    for weight, view in views:
-        mirrored_too.append((0.5 * weight, view))
-        mirrored_too.append((0.5 * weight, view.flip(-1)))
-    return mirrored_too
+        up_left = padded[:, :, 2:, 2:]
+        down_right = padded[:, :, :-2, :-2]
+        views = [(0.25, inputs), (0.125, up_left), (0.125, down_right)]
+    return views + [(weight, view.flip(-1)) for weight, view in views]
 
 
 def forward(net, inputs):
@@ -569,7 +588,7 @@ def forward(net, inputs):
 
 
 def infer(net, loader, tta_level=0, forward=forward):
-    """Logits (N, num_classes) of the loader's images, in their order, without augmentation but TTA.
+    """Logits (N, num_classes) of the loader's images, in their order, not augmented but by TTA.
 
     Leaves the network in evaluation mode.
     """
@@ -648,12 +667,16 @@ class Team:
         return values
 
 
-def join_ranks():
+def join_ranks(device):
     """The team of all ranks that torchrun has started, or of this process alone."""
     if process_count() == 1:
         return Team()
+    backends = {'cpu': 'gloo', 'cuda': 'cpu:gloo,cuda:nccl'}
+    if device.type not in backends:
+        raise UserError(f'{process_count()} ranks cannot add up on {device.type}; try --device cpu')
     with lost_ranks_named():
-        dist.init_process_group(timeout=timedelta(hours=1))  # to wait for another rank's workers
+        # A rank may have to wait for another's workers.
+        dist.init_process_group(backends[device.type], timeout=timedelta(hours=1))
     return Team(dist.get_rank(), dist.get_world_size())
 
 
@@ -685,7 +708,7 @@ class ShardLoader(CifarLoader):
         self.steps = len(loader.images) // opt['batch_size']  # of an epoch
         self.shards = opt['shards'] // team.size  # of a step, on this rank
         self.batch_size = opt['batch_size'] // opt['shards']
-        self.sent = None, None
+        self.draws_key = None
 
     def __len__(self):
         return self.steps * self.shards
@@ -698,14 +721,6 @@ class ShardLoader(CifarLoader):
 
 
 #### Training ######################################################################################
-
-
-def by_dtype(tensors):
-    """Lists of the tensors of one dtype each."""
-    lists = {}
-    for tensor in tensors:
-        lists.setdefault(tensor.dtype, []).append(tensor)
-    return list(lists.values())
 
 
 def in_memory(tensor):
@@ -796,7 +811,7 @@ def train_epoch(
     net[0].bias.requires_grad = True
     optimizer, scheduler = make_optimizer(net, hyp, total_steps, fused)
     if model['optimizer']:
-        optimizer.load_state_dict(copy.deepcopy(model['optimizer']))
+        optimizer.load_state_dict(model['optimizer'])
         scheduler.load_state_dict(model['scheduler'])
     weights = [value for value in net.state_dict().values() if value.is_floating_point()]
     averages = [value.clone() for value in model['averages'] or weights]
@@ -816,10 +831,10 @@ def train_epoch(
         if uses_lookahead and step % opt['lookahead']['every'] == 0:
             decay = lookahead_decay(step, total_steps, opt['lookahead'])
             lookahead(averages, weights, decay)
-    net[0].bias.requires_grad = True  # evaluation is compiled for one state
+    net[0].bias.requires_grad = True  # so that evaluation is compiled once
 
     for parameters in by_dtype(net.parameters()):
-        totals[0] += 0 * flatten(parameters).sum()  # no number if a weight is none
+        totals[0] += 0 * flatten(parameters).sum()  # NaN if a weight is not finite
     totals = loader.team.add(totals) / ((last - model['step']) * opt['batch_size'])
     loss, accuracy = totals.tolist()
     has_failed = not math.isfinite(loss)
@@ -862,15 +877,11 @@ def save_checkpoint(path, model, team):
     Raises UserError, on all ranks, if it cannot be written.
     """
     failure = None
-
-    def save(file):
-        torch.save(model, file)
-
     if team.rank == 0:
         try:
             if path.exists():
                 os.replace(path, older(path))
-            write_atomically(path, save)
+            write_tensors(path, model)
         except UserError as error:
             failure = str(error)
     failure = team.first_value(failure)
@@ -911,7 +922,10 @@ def average(workers, net, everyone, running_mean=running_mean):
     BatchNorm's statistics stay as they are.
     """
     parameters = dict(net.named_parameters())
-    means = [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in net.parameters()]
+    means = []
+    for p in net.parameters():
+        kind = torch.promote_types(p.dtype, torch.float32)
+        means.append(torch.zeros_like(p, dtype=kind, requires_grad=False))
     for n, weights in enumerate(workers):
         running_mean(means, [weights[name].to(means[0].dtype) for name in parameters], n)
     total = F.pad(flatten(means) * len(workers), (0, 1), value=len(workers))
@@ -986,7 +1000,7 @@ def check_settings(hyp, ranks, images, method):
 
 
 def worker_seed(seed, worker):
-    """A seed that no run and no other worker has: their 32 bits do not reach that far."""
+    """A seed that no run, whose seeds are below 2**33, and no other worker has."""
     return seed + (1 + worker) * 2**64
 
 
@@ -1036,6 +1050,8 @@ class Run:
         path = self.checkpoints and Path(self.checkpoints, f'{name}.pt')
         if path:
             model = load_checkpoint(path, self.train_loader.device) or model
+            if len(set(team.gather(model['epoch']))) > 1:
+                raise UserError(f'{path}: the ranks do not see the same checkpoint')
         while not model['done']:
             model = train_epoch(model, self.net, loader, settings, **self.functions)
             row = {} if model['failed'] else model['epochs'][-1]
@@ -1074,15 +1090,15 @@ class Run:
         mine = {n: describe_model(model) for n, model in models.items()}
         of_ranks = self.everyone.gather(mine)
 
-        seconds = [sum(worker['seconds'] for worker in led.values()) for led in of_ranks]
-        steps = [sum(worker['step'] for worker in led.values()) for led in of_ranks]
+        seconds = [sum(worker['seconds'] for worker in of_rank.values()) for of_rank in of_ranks]
+        steps = [sum(worker['step'] for worker in of_rank.values()) for of_rank in of_ranks]
         flop = self.hyp['phase2']['batch_size'] * self.flop_per_image()[0]
         longest = max(steps) * flop / self.team.size
         self.phases['phase2'] = cost(max(seconds), longest, sum(steps) * flop)
         finite = [model for model in models.values() if not model['failed']]
         about = {}
-        for led in of_ranks:
-            about |= led
+        for of_rank in of_ranks:
+            about |= of_rank
         return finite, [about[n] for n in sorted(about)]
 
     def phase3(self, joint, workers):
@@ -1165,9 +1181,20 @@ def train(
         num_classes = len(train_loader.classes)
         net = make_net(hyp, num_classes, device=train_loader.device, dtype=train_loader.dtype)
     run = Run(
-        train_loader, test_loader, hyp, seed, on_row, curve, everyone, team, checkpoints, net,
-        forward, running_mean, functions,
-    )  # fmt: skip
+        train_loader=train_loader,
+        test_loader=test_loader,
+        hyp=hyp,
+        seed=seed,
+        on_row=on_row,
+        curve=curve,
+        everyone=everyone,
+        team=team,
+        checkpoints=checkpoints,
+        net=net,
+        forward=forward,
+        running_mean=running_mean,
+        functions=functions,
+    )
     record = {'seed': seed, 'val_acc': None, 'tta_val_acc': None, 'workers': [], 'curve': []}
     joint = run.phase1()
     record['joint'] = describe_model(joint)
@@ -1196,7 +1223,7 @@ def train(
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend, told in one line."""
+    """An error that the user can mend, printed in one line."""
 
 
 def first_lines(error):
@@ -1220,7 +1247,7 @@ def report_errors(main):
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         message = first_lines(error)
         code = 2
-    print(f'{Path(__file__).name}: {message}', file=sys.stderr)
+    print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
     return code
 
 
@@ -1286,8 +1313,9 @@ def compiled(hyp=hyp, num_classes=10, *, device, dtype):
 def load_kernels(choice, device):
     """(augment, lookahead): Triton's, from the folder kernels beside this script, or torch's.
 
-    choice: 'on', 'off', or 'auto', which is on where the device is CUDA and the kernels work.
-    Raises UserError for 'on' where they do not work.
+    choice: 'on', 'off', or 'auto', which is on where the device is CUDA and the kernels work: they
+    are tried, and must give what this script's functions give, so that an edited one is not
+    replaced. Raises UserError for 'on' where they do not work.
     """
     if choice == 'off' or (choice == 'auto' and device.type != 'cuda'):
         return augment, lookahead
@@ -1295,7 +1323,7 @@ def load_kernels(choice, device):
         from kernels import flip_crop, require
         from kernels import lookahead as lookahead_kernel
 
-        require(device)
+        require(device, augment, lookahead)
         return flip_crop, lookahead_kernel
     except Exception as error:  # ImportError, RuntimeError or one of Triton's own
         reason = first_lines(error)
@@ -1318,7 +1346,7 @@ def first_images(loader, n):
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # (R, G, B), in units of pixel / 255
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
-# Of the whole set's images and labels, as data_digest computes it.
+# Of the whole set's images and labels, as describe_recipe computes it.
 CIFAR_SHA256 = '6b3883dca6c867f1e58def548c063d1865569b8575fcbce06b3e468a89f9895a'
 # The last is the origin, which has been slow or down since 2026-06-23.
 CIFAR_URLS = [
@@ -1345,7 +1373,10 @@ def download_cifar10(folder):
     folder comes first. Of several processes one downloads, and the others wait for it. Raises
     UserError if no source serves.
     """
-    if is_own_set(folder) or Path(folder, CIFAR10.base_folder).exists():
+    unpacked = Path(folder, CIFAR10.base_folder)
+    lock_file = Path(folder, 'download.lock')
+    # As long as there is a lock file, the set may not be whole.
+    if is_own_set(folder) or (unpacked.exists() and not lock_file.exists()):
         return
     urls = CIFAR_URLS
     if os.environ.get('CIFAR10_URL'):
@@ -1354,19 +1385,21 @@ def download_cifar10(folder):
     patience_before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)
     try:
-        with FileLock(Path(folder, 'download.lock')):
+        with FileLock(lock_file):
             for url in urls:
                 print(f'CIFAR-10 from {url}', flush=True)
                 source = type('Source', (CIFAR10,), {'url': url})
                 try:
                     source(folder, download=True)
+                    lock_file.unlink(missing_ok=True)
                     return
                 except Exception as error:  # whatever is wrong here, the next may serve
                     failure = first_lines(error)
                     print(f'  failed: {failure}', flush=True)
     finally:
         socket.setdefaulttimeout(patience_before)
-    raise UserError(f'CIFAR-10 could not be downloaded; the last source was {url}: {failure}')
+    way_out = f'put {CIFAR10.filename} into {folder}, or try --data digits'
+    raise UserError(f'CIFAR-10 could not be downloaded ({url}: {failure}); {way_out}')
 
 
 def digits_split(train):
@@ -1384,7 +1417,7 @@ def digits_split(train):
 
 
 def read_split(path, train):
-    """(what holds a split of the set at `path`, what it holds), unchecked. Raises what may be."""
+    """Read a split of the set at `path`: (file or folder, its content), not checked yet."""
     if path == 'digits':
         return path, digits_split(train)
     if is_own_set(path):
@@ -1426,9 +1459,11 @@ def load_data(path, train=True):
     """
     try:
         where, data = read_split(path, train)
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(f'--data digits needs scikit-learn: {error}') from error
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged files fail in many ways
         # Not the error's own text: torch's would advise to load files that can run code.
         split = 'training' if train else 'test'
         found = f'{path}, {split} set: a file is damaged, or holds other things than tensors'
@@ -1446,7 +1481,7 @@ def load_data(path, train=True):
         train_images = images if train else load_data(path)['images']
         std, mean = torch.std_mean(train_images / 255, (0, 1, 2), correction=0)
         std = std.clamp_min(1 / 255)  # a constant channel stays finite
-    content = {'images': images.contiguous(), 'labels': labels, 'classes': classes}
+    content = {'images': images.contiguous(), 'labels': labels.contiguous(), 'classes': classes}
     return content | {'mean': mean, 'std': std}
 
 
@@ -1461,8 +1496,10 @@ def flop_per_image(hyp, num_classes):
     options = {'device': 'meta', 'dtype': torch.float32}
     net = make_net(hyp, num_classes, **options)
     image = torch.empty(1, 3, 32, 32, **options)
+    label = torch.empty(1, dtype=torch.int64, device='meta')
     with FlopCounterMode(display=False) as of_training:
-        net(image).sum().backward()
+        loss, _ = compute_loss(net, image, label, 0.0)
+        loss.backward()
     with FlopCounterMode(display=False) as of_view, torch.no_grad():
         net(image)
     return of_training.get_total_flops(), of_view.get_total_flops()
@@ -1523,16 +1560,16 @@ def describe_call(train_loader):
     }
 
 
-def write_atomically(path, save):
-    """Let save(file) write a file that gets the name `path` when it is whole.
+def write_atomically(path, content):
+    """Write bytes into a file that gets the name `path` when it is whole.
 
     Raises UserError, which names the file, if it cannot be written; what was there stays.
     """
     temporary = path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.tmp')
     try:
-        save(temporary)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
+    except OSError as error:
         raise UserError(f'{path} cannot be written: {first_lines(error)}') from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -1540,11 +1577,14 @@ def write_atomically(path, save):
 
 def write_json(path, content):
     text = json.dumps(content, indent=1, allow_nan=False) + '\n'
+    write_atomically(path, text.encode())
 
-    def save(file):
-        file.write_text(text)
 
-    write_atomically(path, save)
+def write_tensors(path, content):
+    """Write tensors, in lists and dicts, as torch.save does."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 def flat(tree, prefix=''):
@@ -1564,14 +1604,18 @@ def open_log(folder, config):
     Raises UserError if it is the log of something else.
     """
     file = folder / 'config.json'
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f'--out {folder}: is no folder')
     folder.mkdir(parents=True, exist_ok=True)
+    harmless = ('.lock', '.tmp', '.out', '.err', '.log')  # a scheduler's, for example
+    others = [path.name for path in folder.iterdir() if path.suffix not in harmless]
+    if others and not file.exists():
+        raise UserError(f'--out {folder}: holds {others[0]}, and no log; choose another folder')
     with FileLock(folder / 'config.lock'):
         if not file.exists():
-            others = [path for path in folder.iterdir() if not path.name.startswith('config.')]
-            if others:
-                raise UserError(f'--out {folder}: holds {others[0].name}, and no log')
             write_json(file, config)
     (folder / 'runs').mkdir(exist_ok=True)
+    (folder / 'locks').mkdir(exist_ok=True)
     try:
         before = flat(json.loads(file.read_text()))
     except (ValueError, AttributeError) as error:
@@ -1591,6 +1635,10 @@ def run_file(folder, run):
     return folder / 'runs' / f'{run:05}.json'
 
 
+# What the summary needs of a run's record.
+RECORD_KEYS = {'tta_val_acc', 'seconds', 'pflop'}
+
+
 def read_records(folder, seed):
     """{run: record} of the runs that are there.
 
@@ -1602,7 +1650,7 @@ def read_records(folder, seed):
         try:
             record = json.loads(file.read_text())
             run = record['seed'] - seed
-            is_whole = file == run_file(folder, run) and {'tta_val_acc', 'seconds'} <= record.keys()
+            is_whole = file == run_file(folder, run) and RECORD_KEYS <= record.keys()
         except FileNotFoundError:  # another process has just renamed it
             continue
         except (ValueError, KeyError, TypeError):
@@ -1703,11 +1751,7 @@ def save_network(path, net, hyp, loader):
     """Write all that `load_network` needs to predict."""
     content = {'hyp': hyp, 'classes': loader.classes, 'mean': loader.mean, 'std': loader.std}
     content['weights'] = net.state_dict()
-
-    def save(file):
-        torch.save(content, file)
-
-    write_atomically(path, save)
+    write_tensors(path, content)
 
 
 def load_network(path, *, device, dtype):
@@ -1719,11 +1763,14 @@ def load_network(path, *, device, dtype):
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
         net = make_net(saved['hyp'], len(saved['classes']), device=device, dtype=dtype)
-        net.load_state_dict(saved['weights'])
     except FileNotFoundError as error:
-        raise UserError(f'--load {path}: there is no such file') from error
+        raise UserError(f'{path}: there is no such file') from error
     except Exception as error:  # damaged files fail in many ways
-        raise UserError(f'--load {path}: damaged, or not written by --save') from error
+        raise UserError(f'{path}: damaged, or not written by --save') from error
+    try:
+        net.load_state_dict(saved['weights'])
+    except RuntimeError as error:
+        raise UserError(f"{path}: its weights do not fit this script's network") from error
     return net, saved
 
 
@@ -1799,7 +1846,7 @@ def override(hyp, assignments):
         except ValueError as error:
             example = f'{kind.__name__}, like {group[name]}'
             raise UserError(f'{assignment}: must be of type {example}') from error
-        if not low <= value <= high:
+        if kind is not str and not low <= value <= high:
             raise UserError(f'{assignment}: must be from {low:g} to {high:g}')
         group[name] = value
     return hyp
@@ -1909,11 +1956,11 @@ def choose_data(args):
         download_cifar10('cifar10')
         return 'cifar10', settings
     except UserError as error:
-        if args.overrides or os.environ.get('CIFAR10_URL') or process_count() > 1:
+        is_bare = not args.overrides and args.load is None
+        if not is_bare or os.environ.get('CIFAR10_URL') or process_count() > 1:
             raise
         print(f'\n*** THIS IS NOT CIFAR-10: {error}')
-    print(f'*** Training on handwritten digits instead, with {" ".join(DIGITS)}.')
-    print('*** For CIFAR-10, put cifar-10-python.tar.gz into the folder cifar10.\n', flush=True)
+    print(f'*** Training on handwritten digits instead, with {" ".join(DIGITS)}.\n', flush=True)
     return 'digits', override(hyp, DIGITS)
 
 
@@ -1951,19 +1998,21 @@ def warm_up(train_loader, test_loader, hyp, **options):
     """
     start = time.perf_counter()
     if is_first_process():
-        print('warming up; compiling takes minutes', flush=True)
-    calm = {}
+        print('warming up', flush=True)
+    short = {}
     for phase in ('phase1', 'phase2'):
-        calm[phase] = hyp[phase] | {'tau': 1.0, 'lr': 0.01 * hyp[phase]['lr']}
-    calm['phase1'] |= {'train_epochs': 2, 'whiten_bias_epochs': 1}
-    calm['phase2'] |= {'train_epochs': 1}
+        short[phase] = hyp[phase] | {'tau': 1.0, 'lr': 0.01 * hyp[phase]['lr']}
+    short['phase1'] |= {'train_epochs': 2, 'whiten_bias_epochs': 1}
+    short['phase2'] |= {'train_epochs': 1}
     batch = max(hyp['phase1']['batch_size'], hyp['phase2']['batch_size'])
     few = first_images(train_loader, 3 * batch)
     few.labels = torch.randint_like(few.labels, len(few.classes))
     try:
-        train(few, test_loader, hyp | calm, **options)
+        _, record = train(few, test_loader, hyp | short, **options)
     except Exception as error:  # torch and Inductor have errors of many kinds
         raise UserError(f'the warm-up run failed: {first_lines(error)}') from error
+    if 'failed' in record:
+        raise UserError(f'the warm-up run failed: {record["failed"]}')
     return time.perf_counter() - start
 
 
@@ -2026,21 +2075,22 @@ def print_table(records):
     if not finished:
         return
     workers = [worker for record in finished for worker in record['workers']]
-    last_epochs = {
-        'after phase 1': [record['joint']['epochs'][-1] for record in finished],
-        'workers before averaging': [w['epochs'][-1] for w in workers if not w['failed']],
-        'at the end': finished,
+    rows_after = {
+        'phase 1': [record['joint']['epochs'][-1] for record in finished],
+        'phase 2, each worker': [w['epochs'][-1] for w in workers if not w['failed']],
+        'the average': finished,
     }
-    print(f'{"up to here:":28} n  val_acc     std   seconds  PFLOP of longest rank   of all')
+    print(f'{"after":20}     n  val_acc      std    seconds  PFLOP of longest rank     of all')
     costs = np.zeros(3)
-    for phase, (name, rows) in zip(('phase1', 'phase2', 'phase3'), last_epochs.items()):
+    for phase, (name, rows) in zip(('phase1', 'phase2', 'phase3'), rows_after.items()):
         if not rows:
             continue
         accs = [row['val_acc'] for row in rows]
-        std = np.std(accs, ddof=1) if len(accs) > 1 else math.nan
+        std = f'{np.std(accs, ddof=1):.4f}' if len(accs) > 1 else '-'
         costs += np.mean([list(record['phases'][phase].values()) for record in finished], 0)
-        row = name, len(accs), np.mean(accs), std, *costs
-        print('{:24} {:5} {:8.4f} {:7.4f} {:9.2f} {:22.4f} {:8.4f}'.format(*row))
+        seconds, pflop, pflop_of_all = costs
+        print(f'{name:20} {len(accs):5} {np.mean(accs):8.4f} {std:>8}', end=' ')
+        print(f'{seconds:10.2f} {pflop:22.3g} {pflop_of_all:10.3g}')
 
 
 def make_runs(args, folder, config, loaders, faster, everyone, team):
@@ -2067,8 +2117,9 @@ def make_runs(args, folder, config, loaders, faster, everyone, team):
                 make_run(run, folder, config, loaders, about, args.save, options)
     except BaseException:
         if everyone.rank == 0:
-            close_log(folder, config)
-            print(f'the same line with --out {folder} goes on from there', flush=True)
+            print(f'to go on, run the same command with --out {folder}', flush=True)
+            with suppress(UserError):  # the disk may be full
+                close_log(folder, config)
         raise
     if everyone.rank > 0:
         return {}
@@ -2078,6 +2129,8 @@ def make_runs(args, folder, config, loaders, faster, everyone, team):
 
 def main(argv=None):
     args = parse_args(argv, OPTIONS)
+    if args.data == 'digits':
+        args.overrides = DIGITS + args.overrides  # so that they follow the method's
     args.overrides = METHODS[args.method] + args.overrides
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -2092,7 +2145,7 @@ def main(argv=None):
     team_size = check_settings(settings, process_count(), images, args.method)
     config = describe_recipe(args, data, settings, *loaders)
     config |= {'method': args.method, 'curve': args.curve}
-    everyone = join_ranks()
+    everyone = join_ranks(device)
     team = form_team(everyone, team_size)
     folder = Path(args.out or new_folder())
     with open_log_together(folder, config, everyone):

@@ -6,8 +6,6 @@ python -m examples.many_networks 10 networks.pt     # how many, and where they g
 import sys
 from pathlib import Path
 
-import torch
-
 import airbench94 as ab
 
 
@@ -36,11 +34,7 @@ def main():
     ab.download_cifar10('cifar10')
     device = ab.pick_device()
     networks = train_many(int(sys.argv[1]), 'cifar10', ab.hyp, device, ab.pick_dtype(None, device))
-
-    def save(file):
-        torch.save(networks, file)
-
-    ab.write_atomically(Path(sys.argv[2]), save)
+    ab.write_tensors(Path(sys.argv[2]), networks)
     return 0
 
 

@@ -15,11 +15,13 @@ from kernels.weight_average import lookahead, lookahead_ref, mean, running_mean,
 __all__ = ['flip_crop', 'lookahead', 'mean', 'require', 'running_mean']
 
 
-def require(device):
+def require(device, augment=flip_crop_ref, lookahead_torch=lookahead_ref):
     """Run the kernels that train on `device`, a torch.device, and compare them with torch.
 
     They are flip_crop, lookahead and running_mean, in fp16 and fp32. flip_crop is compiled for the
-    shape of CIFAR-10's images, as training needs it.
+    shape of CIFAR-10's images, as training needs it. augment, lookahead_torch: what the kernels
+    stand in for, by default the references here; a script passes its own, which somebody may have
+    edited.
 
     Raises RuntimeError, in one line, if they cannot run there or give another result, and Triton's
     own errors if it cannot compile them, for example without a C compiler.
@@ -32,12 +34,12 @@ def require(device):
         if torch.cuda.get_device_capability(device) < (8, 0):
             name = torch.cuda.get_device_name(device)
             raise RuntimeError(f'Triton needs compute capability 8.0; {name} has less')
-    check_flip_crop(device)
-    check_averages(device)
+    check_flip_crop(device, augment)
+    check_averages(device, lookahead_torch)
 
 
-def check_flip_crop(device):
-    """Raise RuntimeError unless flip_crop gives the bits that torch gives."""
+def check_flip_crop(device, augment):
+    """Raise RuntimeError unless flip_crop gives the bits that augment gives."""
     numbers = torch.arange(2 * 32 * 32 * 3, device=device) * 7 % 251
     images = numbers.to(torch.uint8).view(2, 32, 32, 3)
     index = torch.tensor([1, 0], device=device)
@@ -51,9 +53,10 @@ def check_flip_crop(device):
             arguments = (images, index, flip, shift, corner, size)
             options = {'mean': mean, 'scale': scale, 'dtype': dtype}
             batch = flip_crop(*arguments, **options)
-            expected = flip_crop_ref(*arguments, **options)
+            expected = augment(*arguments, **options)
             if not torch.equal(batch, expected):  # which waits for the device
-                raise RuntimeError(f'flip_crop is wrong on {device}: {dtype}, size={size}')
+                case = f'{dtype}, size={size}, on {device}'
+                raise RuntimeError(f'flip_crop does not do what augment does: {case}')
 
 
 def sample_lists(device):
@@ -69,10 +72,10 @@ def sample_lists(device):
     return [averages.to(dtype) for dtype in dtypes], [weights.to(dtype) for dtype in dtypes]
 
 
-def check_averages(device):
+def check_averages(device, lookahead_torch):
     """Raise RuntimeError unless lookahead and running_mean average as torch does."""
     for name, average, average_ref, argument in (
-        ('lookahead', lookahead, lookahead_ref, 0.75),
+        ('lookahead', lookahead, lookahead_torch, 0.75),
         ('running_mean', running_mean, running_mean_ref, 3),
     ):
         averages, weights = sample_lists(device)
@@ -81,4 +84,5 @@ def check_averages(device):
         average_ref(expected_averages, expected_weights, argument)
         for got, expected in zip(averages + weights, expected_averages + expected_weights):
             if not torch.equal(got, expected):  # which waits for the device
-                raise RuntimeError(f'{name} is wrong on {device}: {got.dtype}')
+                case = f'{got.dtype}, on {device}'
+                raise RuntimeError(f"{name} does not do what torch's {name} does: {case}")

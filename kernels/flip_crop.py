@@ -47,7 +47,9 @@ def flip_crop_ref(images, index, flip, shift, corner=None, size=0, *, mean, scal
     x = torch.arange(width, device=images.device)
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
-    pixels = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    # Rows first, then columns: an index of both would be written out for every pixel.
+    pixels = images[index[:, None], rows]
+    pixels = torch.take_along_dim(pixels, columns[:, None, :, None], 2)
     batch = torch.empty(pixels.shape, dtype=dtype, device=images.device)
     torch.mul(pixels - mean, scale, out=batch)
     if size > 0:

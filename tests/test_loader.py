@@ -228,7 +228,7 @@ def test_draws_that_were_sent_ahead_are_dropped_when_they_do_not_fit(change, loa
     fresh.epoch = 1
     change(used)
     change(fresh)
-    assert used.sent[0] is not None and fresh.sent[0] is None
+    assert used.draws_key is not None and fresh.draws_key is None
     assert_same_batches(used, fresh)
 
 
