@@ -77,10 +77,19 @@ def compare(title, methods, moved, rounds, device):
 #### Counting ######################################################################################
 
 
-class Traffic(TorchDispatchMode):
-    """Counts the operators that compute, and the bytes that they read and write.
+def count_bytes(tensor):
+    """The tensor's bytes in memory: a dimension that was expanded takes no more of them."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        if size == 0 or stride != 0:
+            elements *= size
+    return elements * tensor.element_size()
 
-    On a GPU an operator is one launch at least.
+
+class Traffic(TorchDispatchMode):
+    """Counts the operators that compute, and the bytes that they read and write on a GPU.
+
+    There an operator is one launch at least.
     """
 
     def __init__(self):
@@ -95,17 +104,30 @@ class Traffic(TorchDispatchMode):
             return result
         read = [value for value in tree_leaves(args) if isinstance(value, torch.Tensor)]
         written = result
-        if name in ('index', 'index_select'):  # reads only the chosen part of its first
+        if name in ('index', 'index_select', 'gather'):  # reads only the chosen part of its first
             read[0] = result
         elif name == 'index_put_':  # writes as much as its last has, and reads no target
             written = read[-1]
             read = read[1:]
         elif name.endswith('_'):
             written = read[0]
+        if name == 'index':
+            read[1:] = self.write_out(read[1:])
         self.launches += 1
-        for tensor in [*read, written]:
-            self.bytes += tensor.numel() * tensor.element_size()
+        self.bytes += sum(count_bytes(tensor) for tensor in [*read, written])
         return result
+
+    def write_out(self, indices):
+        """Count that CUDA gives the index tensors of an operator one shape, in memory."""
+        whole = []
+        for index in torch.broadcast_tensors(*indices):
+            if not index.is_contiguous():
+                self.launches += 1
+                self.bytes += count_bytes(index)
+                index = index.contiguous()
+                self.bytes += count_bytes(index)
+            whole.append(index)
+        return whole
 
 
 #### flip_crop #####################################################################################

@@ -44,15 +44,25 @@ OPTIONS = {'num_warps': 8, 'enable_fp_fusion': True}
 #### Plain torch ###################################################################################
 
 
+def by_dtype(tensors):
+    """Lists of tensors of one dtype: of a mixed list torch._foreach takes one after another."""
+    groups = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return groups.values()
+
+
 def lookahead_ref(averages, weights, decay):
     """lookahead in plain torch."""
-    torch._foreach_lerp_(averages, weights, 1 - decay)
-    torch._foreach_copy_(weights, averages)
+    for some_averages, some_weights in zip(by_dtype(averages), by_dtype(weights)):
+        torch._foreach_lerp_(some_averages, some_weights, 1 - decay)
+        torch._foreach_copy_(some_weights, some_averages)
 
 
 def running_mean_ref(averages, weights, n):
     """running_mean in plain torch."""
-    torch._foreach_lerp_(averages, weights, 1 / (n + 1))
+    for some_averages, some_weights in zip(by_dtype(averages), by_dtype(weights)):
+        torch._foreach_lerp_(some_averages, some_weights, 1 / (n + 1))
 
 
 def mean_ref(averages, networks):

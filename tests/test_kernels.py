@@ -457,9 +457,9 @@ def changes_the_weights(averages, weights, n):
 @pytest.mark.parametrize(
     ('name', 'wrong', 'complaint'),
     [
-        ('flip_crop', one_pixel_off, 'flip_crop is wrong on .*: torch.float16, size=0'),
-        ('lookahead', wrong_in_fp16, 'lookahead is wrong on .*: torch.float16'),
-        ('running_mean', changes_the_weights, 'running_mean is wrong on .*: torch.float32'),
+        ('flip_crop', one_pixel_off, 'flip_crop does not do .*: torch.float16, size=0'),
+        ('lookahead', wrong_in_fp16, 'lookahead does not do .*: torch.float16'),
+        ('running_mean', changes_the_weights, 'running_mean does not do .*: torch.float32'),
     ],
 )
 def test_require_notices_a_wrong_kernel(name, wrong, complaint, monkeypatch):
@@ -467,6 +467,22 @@ def test_require_notices_a_wrong_kernel(name, wrong, complaint, monkeypatch):
     monkeypatch.setattr(kernels, name, wrong)
     with pytest.raises(RuntimeError, match=complaint):
         require(DEVICE)
+
+
+def edited_augment(images, *arguments, **options):
+    return airbench94.augment(255 - images, *arguments, **options)
+
+
+def edited_lookahead(averages, weights, decay):
+    airbench94.lookahead(averages, weights, decay / 2)
+
+
+def test_require_notices_that_a_script_was_edited():
+    require(DEVICE, airbench94.augment, airbench94.lookahead)
+    with pytest.raises(RuntimeError, match='flip_crop does not do'):
+        require(DEVICE, edited_augment, airbench94.lookahead)
+    with pytest.raises(RuntimeError, match='lookahead does not do'):
+        require(DEVICE, airbench94.augment, edited_lookahead)
 
 
 #### With the scripts ##############################################################################
@@ -502,7 +518,7 @@ def test_the_scripts_use_torch_where_they_are_told_to_and_without_cuda(choice, d
     assert airbench94.load_kernels(choice, torch.device(device)) == TORCH
 
 
-def works_everywhere(device):
+def works_everywhere(device, augment, lookahead):
     """Takes the place of require."""
 
 
@@ -547,3 +563,13 @@ def test_what_an_epoch_moves_is_counted():
         b[index] = a[:10]  # reads 80 and 20, writes 20
     assert traffic.launches == 5
     assert traffic.bytes == 400 + 400 + 3 * 120
+
+
+def test_what_cuda_writes_of_two_indices_is_counted():
+    a = torch.zeros(10, 10, dtype=torch.float16, device=DEVICE)
+    index = torch.arange(10, device=DEVICE)
+    with bench.Traffic() as traffic:
+        a[index[:, None], index]
+    assert traffic.launches == 1 + 2
+    written_out = 2 * (80 + 800)  # each index is read as it is, and written for every element
+    assert traffic.bytes == written_out + 2 * 800 + 200 + 200

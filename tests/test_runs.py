@@ -33,10 +33,10 @@ TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 RUNS = 6
 
 
-def start(*args, cwd, launcher=(), script=SCRIPT):
+def start(*args, cwd, launcher=()):
     """The script in a process of its own, which has not ended yet."""
     return subprocess.Popen(
-        [sys.executable, *launcher, script, *map(str, args)],
+        [sys.executable, *launcher, SCRIPT, *map(str, args)],
         cwd=cwd,
         env=ONE_THREAD,
         stdout=subprocess.PIPE,
@@ -122,7 +122,6 @@ def quick(monkeypatch):
 def test_two_processes_make_each_run_once(shared):
     made = [finished(out) for out in shared.outs]
     assert sorted(made[0] + made[1]) == list(range(RUNS))
-    assert all(made), 'one process made all runs'
     summaries = [summary_of(out) for out in shared.outs if 'runs finished: ' in out]
     assert summaries and all(summary == summaries[0] for summary in summaries)
     assert summaries[0][0] == f'runs finished: {RUNS}, failed: 0'
@@ -244,7 +243,8 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path, folder):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, 'airbench94.py: interrupted\n')
-    assert '1000000000 of 1000000000 runs to make' in out and '--out log' in out.splitlines()[-6:]
+    assert '1000000000 of 1000000000 runs to make' in out
+    assert 'to go on, run the same command with --out log\n' in out
     log = load_log(tmp_path / 'log')
     assert log['summary']['n'] == len(log['runs']) == len(records(tmp_path / 'log')) >= 2
     assert f'runs finished: {len(log["runs"])}, failed: 0' in out
@@ -271,8 +271,8 @@ def test_torchrun_shares_runs_and_restarts_what_it_lost(tmp_path, folder):
     assert process.returncode == 0, err
     log = load_log(tmp_path / 'log')
     assert [run['seed'] for run in log['runs']] == list(range(runs))
-    # No run was made twice. The killed process may have had one to print.
-    assert len(set(finished(out))) == len(finished(out)) >= runs - 1
+    # No run was made twice, but what each process had printed and not yet written.
+    assert set(finished(out)) == set(range(runs)) and len(finished(out)) <= runs + 2
     rows = [line for line in out.splitlines() if line.startswith('|')]
     assert len({len(row) for row in rows}) == 1  # whole lines
     assert out.count(f' of {runs} runs to make') == 2  # once in each start
@@ -416,7 +416,7 @@ def test_other_data_is_refused(shared, other_data):
 
 
 def test_the_same_data_may_have_another_path(shared, tmp_path, folder, quick, monkeypatch):
-    log, args = shared.copy(tmp_path / 'log')
+    _, args = shared.copy(tmp_path / 'log')
     shutil.copytree(folder, tmp_path / 'copy')
     monkeypatch.chdir(folder.parent)
     for path in (f'{folder}/', folder.name, f'./{folder.name}', tmp_path / 'copy'):
@@ -424,15 +424,13 @@ def test_the_same_data_may_have_another_path(shared, tmp_path, folder, quick, mo
     assert quick == []
 
 
-def test_another_script_is_refused(shared, tmp_path):
+def test_another_script_is_refused(shared, tmp_path, quick, monkeypatch):
     changed = tmp_path / 'airbench94.py'
     changed.write_text(SCRIPT.read_text() + '# changed\n')
-    with running(*shared.args, cwd=tmp_path, script=changed) as process:
-        out, err = process.communicate(timeout=100)
-    assert process.returncode == 2 and 'runs to make' not in out
-    assert err == (
-        f'airbench94.py: --out {shared.folder}: source is another; choose another folder\n'
-    )
+    monkeypatch.setattr(airbench94, '__file__', str(changed))
+    line = refuse(*shared.args)
+    assert line == f'--out {shared.folder}: source is another; choose another folder'
+    assert quick == []
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, folder, quick):
