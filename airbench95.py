@@ -1225,12 +1225,13 @@ def load_network(path, *, device, dtype):
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
         net = make_net(saved['hyp'], len(saved['classes']), device=device, dtype=dtype)
+        weights = saved['weights']
     except FileNotFoundError as error:
         raise UserError(f'{path}: there is no such file') from error
     except Exception as error:  # damaged files fail in many ways
         raise UserError(f'{path}: damaged, or not written by --save') from error
     try:
-        net.load_state_dict(saved['weights'])
+        net.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path}: its weights do not fit this script's network") from error
     return net, saved
@@ -1270,6 +1271,7 @@ RANGES = {
     'block3': (1, 8192),
     'depth': (2, 99),
     'batchnorm_momentum': (0, 1),
+    'batchnorm_eps': (1e-30, 1e9),  # torch refuses 0
     'whiten_kernel': (1, 9),
     'tta_level': (0, 2),
     'target': (0, 1),
