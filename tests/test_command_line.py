@@ -16,7 +16,6 @@ import subprocess
 import sys
 import termios
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -100,10 +99,10 @@ def kept(tmp_path_factory, folder):
 
 
 def test_digits_reach_95_percent(tmp_path):
-    """With a quarter of the channels, which the digits do not miss."""
-    narrower = ['net.widths.block1=32', 'net.widths.block2=64', 'net.widths.block3=64']
-    call = ['--data', 'digits', '--device', 'cpu', *narrower]
-    done = run_script(*call, cwd=tmp_path, env=ONE_THREAD)
+    """In a network and a number of epochs that take seconds; the defaults reach 98%."""
+    small = ['net.widths.block1=16', 'net.widths.block2=32', 'net.widths.block3=64']
+    args = ['--data', 'digits', '--device', 'cpu', *small, 'opt.train_epochs=8']
+    done = run_script(*args, cwd=tmp_path, env=ONE_THREAD)
     log = only_log(tmp_path)
     assert (done.returncode, done.stderr) == (0, '')
     assert log['summary']['n'] == 1 and log['summary']['mean'] >= 0.95
@@ -154,8 +153,7 @@ def test_a_record_holds_what_is_promised(kept):
     assert [run['seed'] for run in kept.log['runs']] == [5, 6, 7]
     for run in kept.log['runs']:
         assert list(run['epochs'][0]) == ['epoch', 'train_loss', 'train_acc', 'val_acc', 'seconds']
-        assert run['device'].endswith(' cpu, ' + run['device'].split(' cpu, ')[1])
-        assert run['device'].endswith(', 1 threads')
+        assert ' cpu, ' in run['device'] and run['device'].endswith(', 1 threads')
         assert (run['kernels'], run['torch']) == ('torch', torch.__version__)
         assert run['argv'] == kept.argv
         assert run['commit'] is None or re.fullmatch('[0-9a-f]{40}(-dirty)?', run['commit'])
@@ -385,6 +383,7 @@ MISTAKES = [
     (['--data', 'broken'], 'train.pt: holds list; needed is '),
     (['--data', 'digits', 'opt.batch_size=2000'], '1437 images do not fill a batch of 2000'),
     (['--data', 'digits', '--out', 'foreign'], '--out foreign: holds thesis.tex, and no log'),
+    (['--data', 'digits', '--out', 'a-file'], '--out a-file: is no folder'),
     (['--out', ''], '--out: must name a folder'),
     (['--load', 'nowhere.pt'], 'nowhere.pt: there is no such file'),
     (['--load', ''], ': there is no such file'),
@@ -413,19 +412,10 @@ def test_a_mistake_gets_one_line(args, complaint, desk, monkeypatch, capsys):
 
 
 def test_from_the_shell_a_mistake_gets_one_line_and_exit_code_2(desk):
-    mistakes = [
-        (['--lr', '3'], '--lr: no such option; '),
-        (['--data', 'digits', '--out', 'a-file'], '--out a-file: is no folder'),
-    ]
-
-    def run(mistake):
-        return run_script(*mistake[0], cwd=desk, env=ONE_THREAD)
-
-    with ThreadPoolExecutor(2) as pool:
-        for done, (_, complaint) in zip(pool.map(run, mistakes), mistakes):
-            assert (done.returncode, done.stdout) == (2, '')
-            assert done.stderr.startswith(f'airbench94.py: {complaint}')
-            assert done.stderr.count('\n') == 1
+    done = run_script('--lr', 3, cwd=desk, env=ONE_THREAD)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith('airbench94.py: --lr: no such option; ')
+    assert done.stderr.count('\n') == 1
 
 
 def test_processes_without_a_common_folder_are_refused(monkeypatch):

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -226,42 +225,33 @@ def test_of_two_processes_one_downloads(archive, server, tmp_path):
     archive.check(tmp_path)
 
 
-def test_a_download_that_was_killed_is_taken_up_again(archive, server, tmp_path, monkeypatch):
-    url, asked = server
-    process = start_download(tmp_path, archive, f'{url}/stalled')
-    deadline = time.monotonic() + 120
-    while len(asked) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.kill()
-    process.communicate()
-    with pytest.raises(UserError, match='no data'):
-        load_data(tmp_path)
-    monkeypatch.setenv('CIFAR10_URL', f'{url}/whole')
-    download_cifar10(tmp_path)
-    archive.check(tmp_path)
-
-
-def test_who_was_killed_while_unpacking_is_taken_up_again(archive, server, tmp_path, monkeypatch):
+@pytest.mark.parametrize('moment', ['downloading', 'unpacking'])
+def test_what_was_killed_is_taken_up_again(moment, archive, server, tmp_path, monkeypatch):
     """A process that starts while another one unpacks finds the same, and waits for it."""
 
     class Killed(BaseException):
         pass
 
-    def unpack_a_part(self):
-        (tmp_path / ARCHIVE).write_bytes(archive.content)
-        (tmp_path / UNPACKED).mkdir()
-        (tmp_path / UNPACKED / 'data_batch_1').write_bytes(b'a part')
+    def leave_a_part(self):
+        content = archive.content
+        if moment == 'downloading':
+            (tmp_path / ARCHIVE).write_bytes(content[: len(content) // 2])
+        else:
+            (tmp_path / ARCHIVE).write_bytes(content)
+            (tmp_path / UNPACKED).mkdir()
+            (tmp_path / UNPACKED / 'data_batch_1').write_bytes(b'a part')
         raise Killed
 
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, 'download', unpack_a_part)
-    with pytest.raises(Killed):
-        download_cifar10(tmp_path)
-    monkeypatch.undo()
-    for name, value in archive.attributes.items():
-        monkeypatch.setattr(torchvision.datasets.CIFAR10, name, value)
-    monkeypatch.setenv('CIFAR10_URL', 'nonsense')
+    with monkeypatch.context() as patch:
+        patch.setattr(torchvision.datasets.CIFAR10, 'download', leave_a_part)
+        with pytest.raises(Killed):
+            download_cifar10(tmp_path)
+    one_line(tmp_path)  # it is no set yet
+    url, asked = server
+    monkeypatch.setenv('CIFAR10_URL', f'{url}/whole')
     download_cifar10(tmp_path)
     archive.check(tmp_path)
+    assert bool(asked) == (moment == 'downloading')  # the archive was whole otherwise
 
 
 def test_a_damaged_file_of_cifar10_gets_one_line(archive, tmp_path):

@@ -108,6 +108,7 @@ def test_tta_weights_and_views():
     for level, weights in enumerate(expected):
         views = tta_views(x, level)
         assert [weight for weight, _ in views] == weights
+        assert len(views) == airbench94.TTA_VIEWS[level]
         assert torch.equal(views[0][1], x)
         half = len(views) // 2
         for (_, plain), (_, mirrored) in zip(views[:half], views[half:]):
@@ -115,9 +116,8 @@ def test_tta_weights_and_views():
     up_left, down_right = views[1][1], views[2][1]
     assert torch.equal(up_left[:, :, :-1, :-1], x[:, :, 1:, 1:])
     assert torch.equal(down_right[:, :, 1:, 1:], x[:, :, :-1, :-1])
-    assert torch.equal(
-        up_left[:, :, -1, :-1], x[:, :, -2, 1:]
-    )  # reflected, the border not repeated
+    # The border is reflected, and not repeated.
+    assert torch.equal(up_left[:, :, -1, :-1], x[:, :, -2, 1:])
 
 
 def test_infer_is_the_weighted_mean_over_batches(loaders, narrow):
