@@ -138,15 +138,14 @@ def augment(images, index, flip, shift, corner=None, size=0, *, mean, scale, dty
     Returns:
         (B, C, H, W) of `dtype`, channels_last.
     """
-    height, width = images.shape[1:3]
+    height, width, channels = images.shape[1:]
     y = torch.arange(height, device=images.device)
     x = torch.arange(width, device=images.device)
     # The published loader pads by reflection and crops; here the index is reflected.
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
-    # Rows first, then columns: an index of both would be written out for every pixel.
-    pixels = images[index[:, None], rows]
-    pixels = torch.take_along_dim(pixels, columns[:, None, :, None], 2)
+    places = (index[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
+    pixels = images.flatten(0, 2).index_select(0, places.flatten()).view(*places.shape, channels)
     batch = normalize(pixels, mean, scale, dtype)
     if size > 0:
         in_rows = (y >= corner[:, :1]) & (y < corner[:, :1] + size)

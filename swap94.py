@@ -182,15 +182,14 @@ def augment(images, index, flip, shift, corner=None, size=0, *, mean, scale, dty
     Returns:
         (B, C, H, W) of `dtype`, channels_last.
     """
-    height, width = images.shape[1:3]
+    height, width, channels = images.shape[1:]
     y = torch.arange(height, device=images.device)
     x = torch.arange(width, device=images.device)
     # The published loader pads by reflection and crops; here the index is reflected.
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
-    # Rows first, then columns: an index of both would be written out for every pixel.
-    pixels = images[index[:, None], rows]
-    pixels = torch.take_along_dim(pixels, columns[:, None, :, None], 2)
+    places = (index[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
+    pixels = images.flatten(0, 2).index_select(0, places.flatten()).view(*places.shape, channels)
     batch = normalize(pixels, mean, scale, dtype)
     if size > 0:
         in_rows = (y >= corner[:, :1]) & (y < corner[:, :1] + size)
@@ -667,6 +666,27 @@ class Team:
         return values
 
 
+def new_prefix(store, rank, ranks):
+    """A prefix for the keys in torchrun's store that all ranks share and no ranks before them had.
+
+    The keys outlive a restart (pytorch/pytorch#135712), and gloo would connect to the lost ranks.
+    So every rank calls itself by a new name, and rank 0 answers the names that it finds until all
+    ranks have confirmed its answer.
+    """
+    name = os.urandom(8).hex()
+    if rank > 0:
+        store.set(f'name {rank}', name)
+        prefix = store.get(f'prefix for {name}').decode()  # waits for it
+        store.set(f'{prefix} reached {rank}', '')
+        return prefix
+    for other in range(1, ranks):
+        while not store.check([f'{name} reached {other}']):
+            their_name = store.get(f'name {other}').decode()
+            store.set(f'prefix for {their_name}', name)
+            time.sleep(0.1)
+    return name
+
+
 def join_ranks(device):
     """The team of all ranks that torchrun has started, or of this process alone."""
     if process_count() == 1:
@@ -674,10 +694,13 @@ def join_ranks(device):
     backends = {'cpu': 'gloo', 'cuda': 'cpu:gloo,cuda:nccl'}
     if device.type not in backends:
         raise UserError(f'{process_count()} ranks cannot add up on {device.type}; try --device cpu')
+    hour = timedelta(hours=1)  # a rank may have to wait for another's workers
     with lost_ranks_named():
-        # A rank may have to wait for another's workers.
-        dist.init_process_group(backends[device.type], timeout=timedelta(hours=1))
-    return Team(dist.get_rank(), dist.get_world_size())
+        store, rank, ranks = next(dist.rendezvous('env://', timeout=hour))
+        store = dist.PrefixStore(new_prefix(store, rank, ranks), store)
+        options = {'store': store, 'rank': rank, 'world_size': ranks, 'timeout': hour}
+        dist.init_process_group(backends[device.type], **options)
+    return Team(rank, ranks)
 
 
 def form_team(everyone, size):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +156,9 @@ def test_where_a_source_fails_the_next_one_serves(
     url, _ = server
     monkeypatch.setattr(airbench94, 'PATIENCE', 0.5 if fault == 'stalled' else 15)
     monkeypatch.setattr(airbench94, 'CIFAR_URLS', [f'{url}/{fault}', f'{url}/whole'])
+    start = time.monotonic()
     download_cifar10(tmp_path)
+    assert time.monotonic() - start < 30  # a stalled server waits for 60
     archive.check(tmp_path)
     out = capsys.readouterr().out
     assert f'{url}/{fault}\n  failed: ' in out and f'{url}/whole' in out

@@ -290,16 +290,17 @@ def test_what_is_no_whole_record_is_named_and_made_again(shared, tmp_path, capsy
         '00001.json': '{}',
         '00002.json': before['00002.json'][:300],
         '00003.json': json.dumps(record | {'seed': 99}),
-        '00004 copy.json': before['00004.json'],
+        '00004.json': '{"seed": 9}',
+        '00005 copy.json': before['00005.json'],
         'notes.json': '[1, 2]',
     }
     for name, content in damaged.items():
         (log / 'runs' / name).write_text(content)
     assert call('--runs', RUNS, *args) == 0
     out = capsys.readouterr().out
-    said, _, rest = out.partition(f'4 of {RUNS} runs to make')
+    said, _, rest = out.partition(f'5 of {RUNS} runs to make')
     assert all(f'runs/{name}: no whole record of this log' in said for name in damaged)
-    assert finished(rest) == [0, 1, 2, 3]
+    assert finished(rest) == [0, 1, 2, 3, 4]
     for name, text in records(log).items():
         assert figures(json.loads(text)) == figures(json.loads(before[name]))
     for name, content in damaged.items():  # nothing is thrown away

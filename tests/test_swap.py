@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -566,6 +567,20 @@ def test_a_curve_changes_nothing(fit):
 
 
 #### Lost ranks and damaged files ####
+
+
+def test_ranks_meet_under_a_prefix_that_no_ranks_before_them_had():
+    store = torch.distributed.HashStore()
+    prefixes = []
+    for _ in range(2):  # what the first ones leave in the store does not mislead the second
+        with ThreadPoolExecutor(3) as pool:
+            first = pool.submit(swap94.new_prefix, store, 0, 3)
+            time.sleep(0.2)
+            others = [pool.submit(swap94.new_prefix, store, rank, 3) for rank in (1, 2)]
+            found = {first.result(20), *(other.result(20) for other in others)}
+        (prefix,) = found
+        prefixes.append(prefix)
+    assert prefixes[0] != prefixes[1]
 
 
 def test_a_run_that_loses_a_rank_in_each_phase_ends_as_one_that_did_not(by_two, tmp_path, folder):
