@@ -188,6 +188,7 @@ def augment(images, index, flip, shift, corner=None, size=0, *, mean, scale, dty
     # The published loader pads by reflection and crops; here the index is reflected.
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
+    # One index for all pixels: of several index tensors, CUDA would write out each.
     places = (index[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
     pixels = images.flatten(0, 2).index_select(0, places.flatten()).view(*places.shape, channels)
     batch = normalize(pixels, mean, scale, dtype)
