@@ -33,22 +33,12 @@ TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 RUNS = 6
 
 
-def start(*args, cwd, launcher=()):
-    """The script in a process of its own, which has not ended yet."""
-    return subprocess.Popen(
-        [sys.executable, *launcher, SCRIPT, *map(str, args)],
-        cwd=cwd,
-        env=ONE_THREAD,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @contextlib.contextmanager
-def running(*args, **options):
-    """The same, in a context that it does not outlive."""
-    with start(*args, **options) as process:
+def running(*args, cwd, launcher=()):
+    """The script in a process of its own, which ends with the context if not before."""
+    command = [sys.executable, *launcher, SCRIPT, *map(str, args)]
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    with subprocess.Popen(command, cwd=cwd, env=ONE_THREAD, **pipes) as process:
         try:
             yield process
         finally:
@@ -84,9 +74,10 @@ class Shared:
     def __init__(self, path, data):
         self.folder = path / 'new' / 'log'
         self.args = ['--data', data, '--seed', 5, '--out', self.folder, *TINY]
-        processes = [start('--runs', RUNS, *self.args, cwd=path) for _ in range(2)]
-        outputs = [process.communicate(timeout=200) for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], outputs
+        args = ['--runs', RUNS, *self.args]
+        with running(*args, cwd=path) as one, running(*args, cwd=path) as two:
+            outputs = [process.communicate(timeout=200) for process in (one, two)]
+        assert (one.returncode, two.returncode) == (0, 0), outputs
         assert [err for _, err in outputs] == ['', '']
         self.outs = [out for out, _ in outputs]
 
