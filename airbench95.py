@@ -1406,21 +1406,23 @@ def pick_dtype(name, device):
     return getattr(torch, name)
 
 
-def choose_data(args):
+def choose_data(args, assignments=()):
     """(the data's path, the hyperparameters for it). Raises UserError if there is no data.
 
     Where CIFAR-10 cannot be downloaded, the bare command trains on digits, and says so.
+    assignments: KEY=VALUE of other options, which come before those for digits and the user's.
     """
     if args.data == 'digits':
-        return 'digits', override(hyp, DIGITS + args.overrides)
-    settings = override(hyp, args.overrides)
+        return 'digits', override(hyp, [*assignments, *DIGITS, *args.overrides])
+    overrides = [*assignments, *args.overrides]
+    settings = override(hyp, overrides)
     if args.data is not None:
         return args.data, settings
     try:
         download_cifar10('cifar10')
         return 'cifar10', settings
     except UserError as error:
-        is_bare = not args.overrides and args.load is None
+        is_bare = not overrides and args.load is None
         if not is_bare or os.environ.get('CIFAR10_URL') or process_count() > 1:
             raise
         print(f'\n*** THIS IS NOT CIFAR-10: {error}')

@@ -37,6 +37,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -1059,6 +1060,7 @@ class Run:
     functions: dict
     phases: dict = field(default_factory=dict)
 
+    @cached_property
     def flop_per_image(self):
         return flop_per_image(self.hyp, len(self.train_loader.classes))
 
@@ -1093,7 +1095,7 @@ class Run:
         """All ranks train one model, in large batches."""
         model = new_model(self.hyp, self.train_loader, self.seed, self.everyone)
         model = self.fit('joint', 'phase1', model, self.seed, self.everyone)
-        flop = model['step'] * self.hyp['phase1']['batch_size'] * self.flop_per_image()[0]
+        flop = model['step'] * self.hyp['phase1']['batch_size'] * self.flop_per_image[0]
         self.phases['phase1'] = cost(model['seconds'], flop / self.everyone.size, flop)
         return model
 
@@ -1116,7 +1118,7 @@ class Run:
 
         seconds = [sum(worker['seconds'] for worker in of_rank.values()) for of_rank in of_ranks]
         steps = [sum(worker['step'] for worker in of_rank.values()) for of_rank in of_ranks]
-        flop = self.hyp['phase2']['batch_size'] * self.flop_per_image()[0]
+        flop = self.hyp['phase2']['batch_size'] * self.flop_per_image[0]
         longest = max(steps) * flop / self.team.size
         self.phases['phase2'] = cost(max(seconds), longest, sum(steps) * flop)
         finite = [model for model in models.values() if not model['failed']]
@@ -1149,7 +1151,7 @@ class Run:
         batches = math.ceil(images // size / ranks)
         tests = math.ceil(len(self.test_loader.images) / ranks)
         views = TTA_VIEWS[self.hyp['net']['tta_level']]
-        return (batches * size + tests * views) * self.flop_per_image()[1]
+        return (batches * size + tests * views) * self.flop_per_image[1]
 
     def average_curve(self, workers):
         """The average's accuracy after each epoch of phase 2 (Figure 1): a list of rows."""
@@ -1968,21 +1970,23 @@ def pick_dtype(name, device):
     return getattr(torch, name)
 
 
-def choose_data(args):
+def choose_data(args, assignments=()):
     """(the data's path, the hyperparameters for it). Raises UserError if there is no data.
 
     Where CIFAR-10 cannot be downloaded, the bare command trains on digits, and says so.
+    assignments: KEY=VALUE of other options, which come before those for digits and the user's.
     """
     if args.data == 'digits':
-        return 'digits', override(hyp, DIGITS + args.overrides)
-    settings = override(hyp, args.overrides)
+        return 'digits', override(hyp, [*assignments, *DIGITS, *args.overrides])
+    overrides = [*assignments, *args.overrides]
+    settings = override(hyp, overrides)
     if args.data is not None:
         return args.data, settings
     try:
         download_cifar10('cifar10')
         return 'cifar10', settings
     except UserError as error:
-        is_bare = not args.overrides and args.load is None
+        is_bare = not overrides and args.load is None
         if not is_bare or os.environ.get('CIFAR10_URL') or process_count() > 1:
             raise
         print(f'\n*** THIS IS NOT CIFAR-10: {error}')
@@ -2000,15 +2004,15 @@ OPTIONS = {
 
 def prepare(args, data, hyp, device, dtype):
     """(training loader, test loader, `train`'s faster functions) for a call. Raises UserError."""
-    augment, lookahead = load_kernels(args.kernels, device)
+    fast_augment, fast_lookahead = load_kernels(args.kernels, device)
     options = {'device': device, 'dtype': dtype}
     batch_size = hyp['phase1']['batch_size']
-    train_loader = CifarLoader(data, True, batch_size, hyp['aug'], augment=augment, **options)
+    train_loader = CifarLoader(data, True, batch_size, hyp['aug'], augment=fast_augment, **options)
     test_loader = CifarLoader(data, False, 2000, **options)
     if train_loader.classes != test_loader.classes:
         raise UserError(f'{data}: training and test set have different classes')
-    faster = {'lookahead': lookahead}
-    if describe_call(train_loader)['kernels'] == 'Triton':
+    faster = {'lookahead': fast_lookahead}
+    if fast_augment is not augment:  # the kernels work here
         from kernels import running_mean
 
         faster['running_mean'] = running_mean
@@ -2155,17 +2159,14 @@ def make_runs(args, folder, config, loaders, faster, everyone, team):
 
 def main(argv=None):
     args = parse_args(argv, OPTIONS)
-    if args.data == 'digits':
-        args.overrides = DIGITS + args.overrides  # so that they follow the method's
-    args.overrides = METHODS[args.method] + args.overrides
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.backends.cudnn.benchmark = True
-    if args.load:
+    if args.load is not None:
         evaluate_saved(args, device, dtype)
         return 0
 
-    data, settings = choose_data(args)
+    data, settings = choose_data(args, METHODS[args.method])
     *loaders, faster = prepare(args, data, settings, device, dtype)
     images = len(loaders[0].images)
     team_size = check_settings(settings, process_count(), images, args.method)

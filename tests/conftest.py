@@ -23,10 +23,6 @@ torch.set_num_threads(1)  # for networks as small as the tests', a second thread
 NARROW = [
     'net.widths.block1=8', 'net.widths.block2=16', 'net.widths.block3=16', 'opt.batch_size=32',
 ]  # fmt: skip
-SWAP = [  # the same for swap94
-    *NARROW[:3], 'phase1.batch_size=32', 'phase1.shards=2', 'phase2.batch_size=20',
-    'phase2.workers=2', 'statistics.batch_size=50',
-]  # fmt: skip
 TINY = ['--device', 'cpu', *NARROW, 'opt.train_epochs=1']
 NOBODY = 'http://127.0.0.1:9/cifar-10-python.tar.gz'  # where nobody listens
 OFFLINE = os.environ | {'CIFAR10_URL': NOBODY}

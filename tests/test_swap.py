@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import scipy
 import torch
-from conftest import ONE_THREAD, ROOT, load_log, made_up_split
+from conftest import ONE_THREAD, ROOT, load_log, made_up_split, refuse, save_set
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
@@ -131,9 +131,7 @@ def calls_into(path, folder, calls):
 def folder(tmp_path_factory):
     """Half as many images as the other tests' folder has."""
     path = tmp_path_factory.mktemp('half')
-    for seed, (name, images) in enumerate(zip(swap94.OWN_SET, (100, 40))):
-        torch.save(made_up_split(images, seed), path / name)
-    return path
+    return save_set(path, made_up_split(100, seed=0), made_up_split(40, seed=1))
 
 
 @pytest.fixture(scope='module')
@@ -722,6 +720,18 @@ def test_a_bad_setting_is_refused_before_there_is_a_log(setting, tmp_path, folde
     with pytest.raises(UserError, match=setting.split('=')[0]) as error:
         swap94.main(['--data', str(folder), '--device', 'cpu', *SMALL, setting])
     assert '\n' not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+def test_a_file_without_a_name_is_not_loaded(folder):
+    line = refuse('--data', folder, '--device', 'cpu', '--load', '', script=swap94)
+    assert line.endswith(': there is no such file')
+
+
+def test_the_method_comes_before_the_digits_and_the_digits_before_the_user():
+    args = swap94.parse_args(['--data', 'digits', 'phase2.batch_size=32'], swap94.OPTIONS)
+    _, hyp = swap94.choose_data(args, swap94.METHODS['large-batch'])
+    assert (hyp['phase1']['lr'], hyp['phase1']['batch_size']) == (6.0, 128)
+    assert hyp['phase2']['batch_size'] == 32
 
 
 def test_ranks_that_do_not_fit_together_end_at_once(tmp_path, folder):
