@@ -579,6 +579,15 @@ def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=com
     return loss.detach().clone(), outputs
 
 
+def count_pflop(train_loader, test_loader, hyp):
+    """PFLOP (1e15 operations) of one run, training and TTA."""
+    of_training, of_view = flop_per_image(hyp, len(train_loader.classes))
+    steps = math.ceil(len(train_loader) * hyp['opt']['train_epochs'])
+    images = steps * train_loader.batch_size
+    views = len(test_loader.images) * TTA_VIEWS[hyp['net']['tta_level']]
+    return 1e-15 * (images * of_training + views * of_view)
+
+
 def train(
     train_loader,
     test_loader,
@@ -602,8 +611,9 @@ def train(
         lookahead, forward, compute_loss: those functions, or others with their results.
 
     Returns:
-        (net, record). record has 'seed', 'val_acc', 'tta_val_acc', 'seconds' and 'epochs', a list
-        of {'epoch', 'train_loss', 'train_acc', 'val_acc', 'seconds'}. Accuracies are in [0, 1].
+        (net, record). record has 'seed', 'val_acc', 'tta_val_acc', 'pflop' (`count_pflop`'s),
+        'seconds' and 'epochs', a list of {'epoch', 'train_loss', 'train_acc', 'val_acc',
+        'seconds'}. Accuracies are in [0, 1].
         train_loss, a mean, and train_acc are those of the epoch's last batch. seconds run from the
         first access to the training images to the test-set predictions (section 2), without the
         validation after each epoch. If a loss is not finite, training ends with that epoch, and
@@ -624,7 +634,9 @@ def train(
     else:
         net.load_state_dict(fresh.state_dict())
     optimizer, scheduler = make_optimizer(net, hyp, total_steps, fused)
-    record = {'seed': seed, 'val_acc': None, 'tta_val_acc': None, 'seconds': 0.0, 'epochs': []}
+    pflop = count_pflop(train_loader, test_loader, hyp)
+    record = {'seed': seed, 'val_acc': None, 'tta_val_acc': None, 'pflop': pflop}
+    record |= {'seconds': 0.0, 'epochs': []}
 
     start = clock(device)
     whiten_images = train_loader.normalize(train_loader.images[: hyp['net']['whiten_images']])
@@ -773,26 +785,26 @@ def compiled(hyp=hyp, num_classes=10, *, device, dtype):
 
 
 def load_kernels(choice, device):
-    """(augment, lookahead): Triton's, from the folder kernels beside this script, or torch's.
+    """(augment, arguments for `train`): Triton's kernels, from the folder kernels, or torch's.
 
     choice: 'on', 'off', or 'auto', which is on where the device is CUDA and the kernels work: they
     are tried, and must give what this script's functions give, so that an edited one is not
     replaced. Raises UserError for 'on' where they do not work.
     """
     if choice == 'off' or (choice == 'auto' and device.type != 'cuda'):
-        return augment, lookahead
+        return augment, {}
     try:
         from kernels import flip_crop, require
         from kernels import lookahead as lookahead_kernel
 
         require(device, augment, lookahead)
-        return flip_crop, lookahead_kernel
+        return flip_crop, {'lookahead': lookahead_kernel}
     except Exception as error:  # ImportError, RuntimeError or one of Triton's own
         reason = first_lines(error)
         if choice == 'on':
             raise UserError(f'--kernels on needs kernels/, Triton and a GPU: {reason}') from error
     print(f"torch's functions instead of Triton's kernels: {reason}", flush=True)
-    return augment, lookahead
+    return augment, {}
 
 
 def first_images(loader, n):
@@ -950,21 +962,21 @@ def load_data(path, train=True):
 #### Log ###########################################################################################
 
 
-def flop_per_image(hyp, num_classes):
-    """Floating-point operations of a 32 x 32 image: (in a training step, in a forward pass).
+def flop_per_image(hyp, num_classes, size=32):
+    """Floating-point operations of an image: (in a training step, in a forward pass).
 
-    As torch's counter counts them.
+    As torch's counter counts them. size: height and width, in pixels.
     """
     options = {'device': 'meta', 'dtype': torch.float32}
     net = make_net(hyp, num_classes, **options)
-    image = torch.empty(1, 3, 32, 32, **options)
-    label = torch.empty(1, dtype=torch.int64, device='meta')
+    images = torch.empty(2, 3, size, size, **options)  # of one pixel, BatchNorm refuses a mean
+    labels = torch.empty(2, dtype=torch.int64, device='meta')
     with FlopCounterMode(display=False) as of_training:
-        loss, _ = compute_loss(net, image, label, 0.0)
+        loss, _ = compute_loss(net, images, labels, 0.0)
         loss.backward()
     with FlopCounterMode(display=False) as of_view, torch.no_grad():
-        net(image)
-    return of_training.get_total_flops(), of_view.get_total_flops()
+        net(images)
+    return of_training.get_total_flops() / 2, of_view.get_total_flops() / 2
 
 
 def describe_recipe(args, data, hyp, *loaders):
@@ -1435,26 +1447,16 @@ def choose_data(args, assignments=()):
 
 def prepare(args, data, hyp, device, dtype):
     """(training loader, test loader, `train`'s faster functions) for a call. Raises UserError."""
-    augment, lookahead = load_kernels(args.kernels, device)
+    augment, faster = load_kernels(args.kernels, device)
     options = {'device': device, 'dtype': dtype}
     batch_size = hyp['opt']['batch_size']
     train_loader = CifarLoader(data, True, batch_size, hyp['aug'], augment=augment, **options)
     test_loader = CifarLoader(data, False, 2000, **options)
     if train_loader.classes != test_loader.classes:
         raise UserError(f'{data}: training and test set have different classes')
-    faster = {'lookahead': lookahead}
     if args.compile:
         faster |= compiled(hyp, len(train_loader.classes), **options)
     return train_loader, test_loader, faster
-
-
-def count_pflop(train_loader, test_loader, hyp):
-    """PFLOP (1e15 operations) of one run, training and TTA."""
-    of_training, of_view = flop_per_image(hyp, len(train_loader.classes))
-    steps = math.ceil(len(train_loader) * hyp['opt']['train_epochs'])
-    images = steps * train_loader.batch_size
-    views = len(test_loader.images) * TTA_VIEWS[hyp['net']['tta_level']]
-    return 1e-15 * (images * of_training + views * of_view)
 
 
 def warm_up(train_loader, test_loader, hyp, faster):
@@ -1528,7 +1530,7 @@ def main(argv=None):
     data, settings = choose_data(args)
     *loaders, faster = prepare(args, data, settings, device, dtype)
     config = describe_recipe(args, data, settings, *loaders)
-    about = describe_call(loaders[0]) | {'pflop': count_pflop(*loaders, settings)}
+    about = describe_call(loaders[0])
     folder = Path(args.out or new_folder())
     open_log(folder, config)
     wanted = args.runs or (1 if device.type == 'cpu' else 25)

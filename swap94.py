@@ -1337,26 +1337,26 @@ def compiled(hyp=hyp, num_classes=10, *, device, dtype):
 
 
 def load_kernels(choice, device):
-    """(augment, lookahead): Triton's, from the folder kernels beside this script, or torch's.
+    """(augment, arguments for `train`): Triton's kernels, from the folder kernels, or torch's.
 
     choice: 'on', 'off', or 'auto', which is on where the device is CUDA and the kernels work: they
     are tried, and must give what this script's functions give, so that an edited one is not
     replaced. Raises UserError for 'on' where they do not work.
     """
     if choice == 'off' or (choice == 'auto' and device.type != 'cuda'):
-        return augment, lookahead
+        return augment, {}
     try:
         from kernels import flip_crop, require
         from kernels import lookahead as lookahead_kernel
 
         require(device, augment, lookahead)
-        return flip_crop, lookahead_kernel
+        return flip_crop, {'lookahead': lookahead_kernel}
     except Exception as error:  # ImportError, RuntimeError or one of Triton's own
         reason = first_lines(error)
         if choice == 'on':
             raise UserError(f'--kernels on needs kernels/, Triton and a GPU: {reason}') from error
     print(f"torch's functions instead of Triton's kernels: {reason}", flush=True)
-    return augment, lookahead
+    return augment, {}
 
 
 def first_images(loader, n):
@@ -1514,21 +1514,21 @@ def load_data(path, train=True):
 #### Log ###########################################################################################
 
 
-def flop_per_image(hyp, num_classes):
-    """Floating-point operations of a 32 x 32 image: (in a training step, in a forward pass).
+def flop_per_image(hyp, num_classes, size=32):
+    """Floating-point operations of an image: (in a training step, in a forward pass).
 
-    As torch's counter counts them.
+    As torch's counter counts them. size: height and width, in pixels.
     """
     options = {'device': 'meta', 'dtype': torch.float32}
     net = make_net(hyp, num_classes, **options)
-    image = torch.empty(1, 3, 32, 32, **options)
-    label = torch.empty(1, dtype=torch.int64, device='meta')
+    images = torch.empty(2, 3, size, size, **options)  # of one pixel, BatchNorm refuses a mean
+    labels = torch.empty(2, dtype=torch.int64, device='meta')
     with FlopCounterMode(display=False) as of_training:
-        loss, _ = compute_loss(net, image, label, 0.0)
+        loss, _ = compute_loss(net, images, labels, 0.0)
         loss.backward()
     with FlopCounterMode(display=False) as of_view, torch.no_grad():
-        net(image)
-    return of_training.get_total_flops(), of_view.get_total_flops()
+        net(images)
+    return of_training.get_total_flops() / 2, of_view.get_total_flops() / 2
 
 
 def describe_recipe(args, data, hyp, *loaders):
@@ -2004,15 +2004,14 @@ OPTIONS = {
 
 def prepare(args, data, hyp, device, dtype):
     """(training loader, test loader, `train`'s faster functions) for a call. Raises UserError."""
-    fast_augment, fast_lookahead = load_kernels(args.kernels, device)
+    augment, faster = load_kernels(args.kernels, device)
     options = {'device': device, 'dtype': dtype}
     batch_size = hyp['phase1']['batch_size']
-    train_loader = CifarLoader(data, True, batch_size, hyp['aug'], augment=fast_augment, **options)
+    train_loader = CifarLoader(data, True, batch_size, hyp['aug'], augment=augment, **options)
     test_loader = CifarLoader(data, False, 2000, **options)
     if train_loader.classes != test_loader.classes:
         raise UserError(f'{data}: training and test set have different classes')
-    faster = {'lookahead': fast_lookahead}
-    if fast_augment is not augment:  # the kernels work here
+    if faster:  # the kernels work here
         from kernels import running_mean
 
         faster['running_mean'] = running_mean

@@ -11,12 +11,12 @@ import airbench94 as ab
 
 def train_many(count, data, hyp, device, dtype):
     """[(weights, record), ...] of trainings with seeds 0, 1, ..."""
-    augment, lookahead = ab.load_kernels('auto', device)
+    augment, faster = ab.load_kernels('auto', device)
     options = {'device': device, 'dtype': dtype}
     batch_size = hyp['opt']['batch_size']
     train_loader = ab.CifarLoader(data, True, batch_size, hyp['aug'], augment=augment, **options)
     test_loader = ab.CifarLoader(data, False, 2000, **options)
-    faster = ab.compiled(hyp, len(train_loader.classes), **options) | {'lookahead': lookahead}
+    faster |= ab.compiled(hyp, len(train_loader.classes), **options)
     ab.warm_up(train_loader, test_loader, hyp, faster)
     networks = []
     for seed in range(count):

@@ -21,11 +21,14 @@ TOOLING = ['Helpers', 'Fast path', 'Data', 'Log', 'Saved networks', 'Command lin
 AIRBENCH = [*RECIPE, 'Training', *TOOLING]
 LOCAL = {'Header', 'Hyperparameters'}
 SWAP = ['Teams', 'Training', 'Checkpoints', 'Averaging', 'SWAP']
+OF_RECORD = ['Doubtful images', 'Training']
+RECORD = [*(name for name in RECIPE if name != 'Lookahead'), *OF_RECORD, *TOOLING]
 # Of each copy: its sections in order, and which of them are its own.
 COPIES = {
     'airbench95.py': (AIRBENCH, LOCAL),
     'airbench96.py': (AIRBENCH, LOCAL),
     'swap94.py': ([*RECIPE, *SWAP, *TOOLING], LOCAL | {'Imports', 'Main', *SWAP}),
+    'records/94.py': (RECORD, LOCAL | {'Network', 'Optimizer', *OF_RECORD, 'Fast path'}),
 }
 
 

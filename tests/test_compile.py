@@ -196,11 +196,11 @@ def test_all_that_is_kept_between_steps_stays_in_its_place(narrow):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 def test_cuda_graphs_train_as_eager_mode_does(loaders, narrow):
-    augment, lookahead = airbench94.load_kernels('on', torch.device('cuda'))
+    augment, kernels = airbench94.load_kernels('on', torch.device('cuda'))
     options = {'device': 'cuda', 'dtype': torch.float16}
     train_loader, test_loader = loaders(**options, augment=augment)
     test_loader.batch_size = 25
-    faster = airbench94.compiled(narrow, **options) | {'lookahead': lookahead}
+    faster = airbench94.compiled(narrow, **options) | kernels
     warm_up(train_loader, test_loader, narrow, faster)
     graphs = counters['stats']['unique_graphs']
     _, eager = train(train_loader, test_loader, narrow)

@@ -487,8 +487,8 @@ def test_require_notices_that_a_script_was_edited():
 
 #### With the scripts ##############################################################################
 
-TORCH = (airbench94.augment, airbench94.lookahead)
-TRITON = (flip_crop, lookahead)
+TORCH = (airbench94.augment, {})
+TRITON = (flip_crop, {'lookahead': lookahead})
 
 
 def test_training_through_the_kernels_equals_training_through_torch(loaders, narrow):

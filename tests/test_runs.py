@@ -101,7 +101,7 @@ def quick(monkeypatch):
     def train(train_loader, test_loader, hyp, seed, on_epoch, **functions):
         trained.append(seed)
         record = {'seed': seed, 'val_acc': 0.9, 'tta_val_acc': 0.9 + 0.001 * seed, 'seconds': 1.0}
-        return torch.nn.Linear(2, 2), record | {'epochs': []}
+        return torch.nn.Linear(2, 2), record | {'pflop': 0.36, 'epochs': []}
 
     monkeypatch.setattr(airbench94, 'train', train)
     return trained
@@ -345,8 +345,8 @@ def test_a_full_disk_takes_no_result(name, tmp_path, folder, quick, monkeypatch,
 def train_again(quick):
     def train(train_loader, test_loader, hyp, seed, on_epoch, **functions):
         quick.append(seed)
-        record = {'seed': seed, 'val_acc': 0.9, 'tta_val_acc': 0.9, 'seconds': 1.0, 'epochs': []}
-        return torch.nn.Linear(2, 2), record
+        record = {'seed': seed, 'val_acc': 0.9, 'tta_val_acc': 0.9, 'pflop': 0.36}
+        return torch.nn.Linear(2, 2), record | {'seconds': 1.0, 'epochs': []}
 
     return train
 
@@ -363,8 +363,8 @@ def test_an_error_in_the_middle_keeps_the_finished_runs(tmp_path, folder, monkey
     def train(train_loader, test_loader, hyp, seed, on_epoch, **functions):
         if seed == 2:
             raise ZeroDivisionError
-        record = {'seed': seed, 'val_acc': 0.9, 'tta_val_acc': 0.9, 'seconds': 1.0, 'epochs': []}
-        return None, record
+        record = {'seed': seed, 'val_acc': 0.9, 'tta_val_acc': 0.9, 'pflop': 0.36}
+        return None, record | {'seconds': 1.0, 'epochs': []}
 
     monkeypatch.setattr(airbench94, 'train', train)
     with pytest.raises(ZeroDivisionError):
