@@ -1454,6 +1454,7 @@ def prepare(args, data, hyp, device, dtype):
     test_loader = CifarLoader(data, False, 2000, **options)
     if train_loader.classes != test_loader.classes:
         raise UserError(f'{data}: training and test set have different classes')
+    len(train_loader)  # fails now, not in a run, where the images do not fill a batch
     if args.compile:
         faster |= compiled(hyp, len(train_loader.classes), **options)
     return train_loader, test_loader, faster
