@@ -51,7 +51,7 @@ from tqdm import tqdm
 # fmt: off
 hyp = {
     'opt': {
-        'train_epochs': 15.0,       # passes over the images that are served
+        'train_epochs': 19.0,       # passes over the images that are served
         'batch_size': 1000,         # images
         'lr': 0.24,                 # of the filters, whose norm is sqrt(outputs)
         'lr_biases': 0.053,         # of BatchNorm's biases and the whitening bias, an image
@@ -73,7 +73,7 @@ hyp = {
     },
     'growth': {
         'size': 16,                 # height and width of the first steps' images, in pixels
-        'until': 0.4,               # share of the steps after which they are 32
+        'until': 0.45,              # share of the steps after which they are 32
     },
     'selection': {
         'from': 0.25,               # share of the epochs after which images are left out
@@ -326,19 +326,52 @@ class Conv(nn.Conv2d):
         nn.init.dirac_(self.weight.data[: self.in_channels])
 
 
+class ConvByProduct(torch.autograd.Function):
+    """F.conv2d of stride 1 whose filters' gradient is one product of matrices: for CPUs."""
+
+    @staticmethod
+    def forward(ctx, x, filters, padding):
+        ctx.save_for_backward(x, filters)
+        ctx.padding = padding
+        return F.conv2d(x, filters, padding=padding)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, filters = ctx.saved_tensors
+        padding = ctx.padding
+        outputs, inputs, height, width = filters.shape
+        of_x = torch.nn.grad.conv2d_input(x.shape, filters, gradient, padding=padding)
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
+        patches = padded.unfold(1, height, 1).unfold(2, width, 1)
+        # Both with a row a place of an image, and the channels last: what lies so is not copied.
+        patches = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, height * width * inputs)
+        gradient = gradient.permute(0, 2, 3, 1).reshape(-1, outputs)
+        of_filters = (gradient.T @ patches).view(outputs, height, width, inputs)
+        return of_x, of_filters.permute(0, 3, 1, 2), None
+
+
+class WideConv(Conv):
+    """Conv of many channels, for which CPUs get the filters' gradient faster as a product."""
+
+    def forward(self, x):
+        if x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
+            return super().forward(x)
+        return ConvByProduct.apply(x, self.weight, self.padding[0])
+
+
 class ConvLayer(nn.Module):
     """A convolution of 3 x 3; or, if it pools, one of 2 x 2 without padding.
 
     So no row is lost in the pools: 31 pixels become 30, 15, 14, 7, 6 and 3.
     """
 
-    def __init__(self, channels_in, channels_out, pool, batchnorm_momentum, batchnorm_eps):
+    def __init__(self, conv, channels_in, channels_out, pool, batchnorm_momentum, batchnorm_eps):
         super().__init__()
         if pool:
-            self.conv = Conv(channels_in, channels_out, 2, bias=False)
+            self.conv = conv(channels_in, channels_out, 2, bias=False)
             self.pool = nn.MaxPool2d(2)
         else:
-            self.conv = Conv(channels_in, channels_out, 3, padding=1, bias=False)
+            self.conv = conv(channels_in, channels_out, 3, padding=1, bias=False)
             self.pool = nn.Identity()
         self.norm = BatchNorm(channels_out, batchnorm_momentum, batchnorm_eps)
 
@@ -346,12 +379,12 @@ class ConvLayer(nn.Module):
         return self.norm(self.pool(self.conv(x)))
 
 
-def conv_group(channels_in, channels_out, **batchnorm):
-    """Two layers, the first of which pools."""
+def conv_group(conv, channels_in, channels_out, **batchnorm):
+    """Two layers, the first of which pools. conv: Conv or WideConv."""
     return nn.Sequential(
-        ConvLayer(channels_in, channels_out, pool=True, **batchnorm),
+        ConvLayer(conv, channels_in, channels_out, pool=True, **batchnorm),
         nn.SiLU(),
-        ConvLayer(channels_out, channels_out, pool=False, **batchnorm),
+        ConvLayer(conv, channels_out, channels_out, pool=False, **batchnorm),
         nn.SiLU(),
     )
 
@@ -387,9 +420,9 @@ def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
         layers = [
             Conv(3, whiten_width, kernel),
             nn.GELU(),
-            conv_group(whiten_width, widths['block1'], **settings),
-            conv_group(widths['block1'], widths['block2'], **settings),
-            conv_group(widths['block2'], widths['block3'], **settings),
+            conv_group(Conv, whiten_width, widths['block1'], **settings),
+            conv_group(WideConv, widths['block1'], widths['block2'], **settings),
+            conv_group(WideConv, widths['block2'], widths['block3'], **settings),
             nn.AdaptiveMaxPool2d(1),
             nn.Flatten(),
             nn.Linear(widths['block3'], num_classes, bias=False),

@@ -101,6 +101,20 @@ def test_muon_is_its_definition_written_out(narrow):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize('padding', [0, 1])
+def test_a_convolution_by_product_is_a_convolution(padding):
+    x = gaussian(2, 3, 6, 7).requires_grad_()
+    filters = gaussian(4, 3, 2, 3, seed=1).requires_grad_()
+    result = record94.ConvByProduct.apply(x, filters, padding)
+    expected = F.conv2d(x, filters, padding=padding)
+    assert torch.equal(result, expected)
+    gradient = gaussian(*result.shape, seed=2)
+    own = torch.autograd.grad(result, (x, filters), gradient)
+    torchs = torch.autograd.grad(expected, (x, filters), gradient)
+    for a, b in zip(own, torchs):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
 def test_images_are_resized_as_pillow_does():
     images = gaussian(2, 3, 32, 32).float()
     assert record94.resize(images, 32) is images
