@@ -1767,7 +1767,8 @@ def print_row(row):
         elif isinstance(value, float):
             value = f'{value:.4f}'
         cells.append(str(value).rjust(max(9, len(name))))
-    print('|', ' | '.join(cells), '|', flush=True)
+    # In one write, as torchrun's processes do not buffer theirs, and would mix the parts of rows.
+    print(f'| {" | ".join(cells)} |\n', end='', flush=True)
 
 
 #### Saved networks ################################################################################
