@@ -51,7 +51,7 @@ from tqdm import tqdm
 # fmt: off
 hyp = {
     'opt': {
-        'train_epochs': 19.0,       # passes over the images that are served
+        'train_epochs': 13.0,       # passes over the images that are served
         'batch_size': 1000,         # images
         'lr': 0.24,                 # of the filters, whose norm is sqrt(outputs)
         'lr_biases': 0.053,         # of BatchNorm's biases and the whitening bias, an image
@@ -76,8 +76,8 @@ hyp = {
         'until': 0.45,              # share of the steps after which they are 32
     },
     'selection': {
-        'from': 0.25,               # share of the epochs after which images are left out
-        'keep': 0.45,               # share that is kept: those whose loss was largest
+        'from': 0.4,                # share of the epochs after which images are left out
+        'keep': 0.5,                # share that is kept: those whose loss was largest
     },
     'aug': {
         'flip': True,               # alternating flip
