@@ -76,34 +76,29 @@ def main():
     steps = math.ceil(epoch * opt['train_epochs'])
     with_bias = opt['whiten_bias_epochs'] * epoch
     growth = record94.hyp['growth']
-    record_steps = sum(steps for _, steps in record94.plan_epochs(50_000, record94.hyp))
-    small = sum(
-        record94.image_size(step, record_steps, growth) < 32 for step in range(record_steps)
-    )
+    record_steps = sum(count for _, count in record94.plan_epochs(50_000, record94.hyp))
+    sizes = [record94.image_size(step, record_steps, growth) for step in range(record_steps)]
+    small = sizes.count(growth['size'])
     views = TESTS + 6 * IN_DOUBT
-    # Of each kind: what it does, and how often a run does it.
-    of_airbench94 = {
-        'with the whitening bias': (step_of(airbench94, True, 32), with_bias),
-        'without': (step_of(airbench94, False, 32), steps - with_bias),
-        '2000 tests': (tests_of(airbench94), 6 * TESTS / 2000),
-    }
-    of_record = {
-        f'{growth["size"]} pixels': (step_of(record94, True, growth['size']), small),
-        '32 pixels': (step_of(record94, False, 32), record_steps - small),
-        '2000 tests': (tests_of(record94), views / 2000),
-    }
-    kinds = [('airbench94', *kind) for kind in of_airbench94.items()]
-    kinds += [('record', *kind) for kind in of_record.items()]
+    # Of each kind: its script, its name, what it does, and how often a run does it.
+    kinds = [
+        ('airbench94', 'with the whitening bias', step_of(airbench94, True, 32), with_bias),
+        ('airbench94', 'without', step_of(airbench94, False, 32), steps - with_bias),
+        ('airbench94', '2000 tests', tests_of(airbench94), 6 * TESTS / 2000),
+        ('record', 'small images', step_of(record94, True, growth['size']), small),
+        ('record', '32 pixels', step_of(record94, False, 32), record_steps - small),
+        ('record', '2000 tests', tests_of(record94), views / 2000),
+    ]
     seconds = [[] for _ in kinds]
     for turn in range(1 + ROUNDS):
-        for (_, _, (act, _)), values in zip(kinds, seconds):
+        for (_, _, act, _), values in zip(kinds, seconds):
             start = time.perf_counter()
             act()
             values.append(time.perf_counter() - start)
         print(f'turn {turn} of {ROUNDS}', [f'{values[-1]:.2f}' for values in seconds], flush=True)
 
     totals = {'airbench94': 0.0, 'record': 0.0}
-    for (script, kind, (_, times)), values in zip(kinds, seconds):
+    for (script, kind, _, times), values in zip(kinds, seconds):
         median = statistics.median(values[1:])  # the first call readies things
         totals[script] += times * median
         print(f'{script}, {kind}: {times:.0f} times {median:.3f} s')
