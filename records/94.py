@@ -316,8 +316,59 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(x)
 
 
+# Where polynomials are evaluated; few and small, as fp32 has to bear their powers.
+POINTS = (0, 1, -1, 0.5, -0.5, 2, -2, 4)
+
+
+def evaluation_matrix(points, coefficients):
+    """(points, coefficients): a polynomial's values at all but one of POINTS, and at infinity."""
+    powers = np.vander(POINTS[: points - 1], coefficients, increasing=True)
+    leading = np.eye(coefficients)[-1:]  # the value at infinity is the last coefficient
+    return np.concatenate((powers, leading))
+
+
+def winograd_matrices(size, taps, padding, dtype):
+    """(of_maps, of_filters, of_products), by which a convolution is a product at each place.
+
+    Polynomials are multiplied by multiplying their values at as many points as the result has
+    coefficients. A convolution of images is the transpose of that map (Winograd, 1980). Here one
+    polynomial is the whole row of a map, so that P = size + 2 * padding points do. In two
+    dimensions, the matrices are Kronecker's products with themselves.
+
+    size, taps: height and width of the maps and of the filters. Shapes: (P^2, size^2),
+    (P^2, taps^2) and ((P - taps + 1)^2, P^2).
+    """
+    points = size + 2 * padding
+    of_maps = np.linalg.inv(evaluation_matrix(points, points)).T[:, padding : padding + size]
+    of_filters = evaluation_matrix(points, taps)
+    of_products = evaluation_matrix(points, points - taps + 1).T
+    matrices = (of_maps, of_filters, of_products)
+    return [torch.from_numpy(np.kron(matrix, matrix)).to(dtype) for matrix in matrices]
+
+
+def winograd_conv(x, filters, padding):
+    """F.conv2d of stride 1, for square maps of at most len(POINTS) + 1 - 2 * padding pixels.
+
+    Up to 5.4 times fewer multiplications than by its definition: 81 for the 441 of 7 x 7 places
+    and 3 x 3 taps. Differs from it by 1e-4 of the result at most, in fp32.
+    """
+    n, _, size, _ = x.shape
+    taps = filters.shape[-1]
+    of_maps, of_filters, of_products = winograd_matrices(size, taps, padding, x.dtype)
+    maps = x.permute(0, 2, 3, 1).flatten(1, 2)
+    maps = of_maps.expand(n, -1, -1) @ maps  # (N, P^2, channels in)
+    filters = filters.permute(2, 3, 1, 0).flatten(0, 1)
+    filters = (of_filters @ filters.flatten(1)).unflatten(1, filters.shape[1:])
+    products = maps.transpose(0, 1) @ filters  # (P^2, N, channels out)
+    outputs = of_products.expand(n, -1, -1) @ products.transpose(0, 1)
+    return outputs.unflatten(1, 2 * [size + 2 * padding - taps + 1]).permute(0, 3, 1, 2)
+
+
 class Conv(nn.Conv2d):
-    """Convolution whose first outputs begin as copies of its inputs (section 3.3)."""
+    """Convolution whose first outputs begin as copies of its inputs (section 3.3).
+
+    On a CPU, small maps without a bias go through `winograd_conv`.
+    """
 
     def reset_parameters(self):
         super().reset_parameters()
@@ -325,38 +376,12 @@ class Conv(nn.Conv2d):
             nn.init.zeros_(self.bias)
         nn.init.dirac_(self.weight.data[: self.in_channels])
 
-
-class ConvByProduct(torch.autograd.Function):
-    """F.conv2d of stride 1 whose filters' gradient is one product of matrices: for CPUs."""
-
-    @staticmethod
-    def forward(ctx, x, filters, padding):
-        ctx.save_for_backward(x, filters)
-        ctx.padding = padding
-        return F.conv2d(x, filters, padding=padding)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, filters = ctx.saved_tensors
-        padding = ctx.padding
-        outputs, inputs, height, width = filters.shape
-        of_x = torch.nn.grad.conv2d_input(x.shape, filters, gradient, padding=padding)
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
-        patches = padded.unfold(1, height, 1).unfold(2, width, 1)
-        # Both with a row a place of an image, and the channels last: what lies so is not copied.
-        patches = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, height * width * inputs)
-        gradient = gradient.permute(0, 2, 3, 1).reshape(-1, outputs)
-        of_filters = (gradient.T @ patches).view(outputs, height, width, inputs)
-        return of_x, of_filters.permute(0, 3, 1, 2), None
-
-
-class WideConv(Conv):
-    """Conv of many channels, for which CPUs get the filters' gradient faster as a product."""
-
     def forward(self, x):
-        if x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
-            return super().forward(x)
-        return ConvByProduct.apply(x, self.weight, self.padding[0])
+        is_small = x.shape[-1] + 2 * self.padding[0] <= len(POINTS) + 1
+        is_plain = not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling()
+        if x.device.type == 'cpu' and is_small and is_plain and self.bias is None:
+            return winograd_conv(x, self.weight, self.padding[0])
+        return super().forward(x)
 
 
 class ConvLayer(nn.Module):
@@ -365,13 +390,13 @@ class ConvLayer(nn.Module):
     So no row is lost in the pools: 31 pixels become 30, 15, 14, 7, 6 and 3.
     """
 
-    def __init__(self, conv, channels_in, channels_out, pool, batchnorm_momentum, batchnorm_eps):
+    def __init__(self, channels_in, channels_out, pool, batchnorm_momentum, batchnorm_eps):
         super().__init__()
         if pool:
-            self.conv = conv(channels_in, channels_out, 2, bias=False)
+            self.conv = Conv(channels_in, channels_out, 2, bias=False)
             self.pool = nn.MaxPool2d(2)
         else:
-            self.conv = conv(channels_in, channels_out, 3, padding=1, bias=False)
+            self.conv = Conv(channels_in, channels_out, 3, padding=1, bias=False)
             self.pool = nn.Identity()
         self.norm = BatchNorm(channels_out, batchnorm_momentum, batchnorm_eps)
 
@@ -379,12 +404,12 @@ class ConvLayer(nn.Module):
         return self.norm(self.pool(self.conv(x)))
 
 
-def conv_group(conv, channels_in, channels_out, **batchnorm):
-    """Two layers, the first of which pools. conv: Conv or WideConv."""
+def conv_group(channels_in, channels_out, **batchnorm):
+    """Two layers, the first of which pools."""
     return nn.Sequential(
-        ConvLayer(conv, channels_in, channels_out, pool=True, **batchnorm),
+        ConvLayer(channels_in, channels_out, pool=True, **batchnorm),
         nn.SiLU(),
-        ConvLayer(conv, channels_out, channels_out, pool=False, **batchnorm),
+        ConvLayer(channels_out, channels_out, pool=False, **batchnorm),
         nn.SiLU(),
     )
 
@@ -420,9 +445,9 @@ def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
         layers = [
             Conv(3, whiten_width, kernel),
             nn.GELU(),
-            conv_group(Conv, whiten_width, widths['block1'], **settings),
-            conv_group(WideConv, widths['block1'], widths['block2'], **settings),
-            conv_group(WideConv, widths['block2'], widths['block3'], **settings),
+            conv_group(whiten_width, widths['block1'], **settings),
+            conv_group(widths['block1'], widths['block2'], **settings),
+            conv_group(widths['block2'], widths['block3'], **settings),
             nn.AdaptiveMaxPool2d(1),
             nn.Flatten(),
             nn.Linear(widths['block3'], num_classes, bias=False),
