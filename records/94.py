@@ -728,7 +728,10 @@ def flop_per_step(hyp, num_classes, size):
 
 
 def count_pflop(train_loader, hyp, views):
-    """PFLOP (1e15 operations) of one run, training and so many views of test images."""
+    """PFLOP (1e15 operations) of one run, training and so many views of test images.
+
+    Convolutions count by their definition; by `winograd_conv`, a CPU needs fewer operations.
+    """
     num_classes = len(train_loader.classes)
     total_steps = sum(steps for _, steps in plan_epochs(len(train_loader.images), hyp))
     sizes = [image_size(step, total_steps, hyp['growth']) for step in range(total_steps)]

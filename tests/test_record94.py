@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import NARROW, ONE_THREAD, ROOT, TINY, call, figures, load_log
 from PIL import Image
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from trajectory94 import FILE, trajectory
 
@@ -101,18 +102,51 @@ def test_muon_is_its_definition_written_out(narrow):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize('padding', [0, 1])
-def test_a_convolution_by_product_is_a_convolution(padding):
-    x = gaussian(2, 3, 6, 7).requires_grad_()
-    filters = gaussian(4, 3, 2, 3, seed=1).requires_grad_()
-    result = record94.ConvByProduct.apply(x, filters, padding)
-    expected = F.conv2d(x, filters, padding=padding)
-    assert torch.equal(result, expected)
-    gradient = gaussian(*result.shape, seed=2)
-    own = torch.autograd.grad(result, (x, filters), gradient)
-    torchs = torch.autograd.grad(expected, (x, filters), gradient)
-    for a, b in zip(own, torchs):
-        torch.testing.assert_close(a, b, **CLOSE)
+def conv_and_gradients(conv, x, filters, padding):
+    """The outputs, and the gradients of a made-up loss: of maps, and of filters."""
+    x = x.clone().requires_grad_()
+    filters = filters.clone().requires_grad_()
+    outputs = conv(x, filters, padding=padding)
+    gradient = gaussian(*outputs.shape, seed=2).to(outputs)
+    return outputs, *torch.autograd.grad(outputs, (x, filters), gradient)
+
+
+# Those of the recipe, and others.
+@pytest.mark.parametrize('size, taps, padding', [
+    (7, 3, 1), (3, 3, 1), (1, 3, 1), (7, 2, 0), (3, 2, 0), (9, 2, 0), (6, 4, 0), (5, 1, 0),
+])  # fmt: skip
+def test_a_convolution_through_points_is_a_convolution(size, taps, padding):
+    x = gaussian(5, 30, size, size)
+    filters = gaussian(40, 30, taps, taps, seed=1) / 30
+    expected = conv_and_gradients(F.conv2d, x, filters, padding)
+    results = conv_and_gradients(record94.winograd_conv, x, filters, padding)
+    for result, values in zip(results, expected):
+        torch.testing.assert_close(result, values, **CLOSE)
+    results = conv_and_gradients(record94.winograd_conv, x.float(), filters.float(), padding)
+    for result, values in zip(results, expected):
+        assert (result - values).norm() < 1e-4 * values.norm()
+
+
+def test_only_small_maps_on_a_cpu_go_through_points(monkeypatch):
+    sizes = []
+
+    def note_size(x, filters, padding):
+        sizes.append(x.shape[-1])
+        return F.conv2d(x, filters, padding=padding)
+
+    monkeypatch.setattr(record94, 'winograd_conv', note_size)
+    net = record94.make_net(**FLOAT64)
+    net(gaussian(2, 3, 32, 32))
+    assert sizes == [7, 7, 3]
+    sizes.clear()
+    net(gaussian(2, 3, 16, 16))
+    assert sizes == [7, 7, 3, 3, 1]
+    sizes.clear()
+    options = {'device': 'cpu', 'dtype': torch.bfloat16}
+    record94.make_net(**options)(torch.zeros(2, 3, 16, 16))
+    options = {'device': 'meta', 'dtype': torch.float32}
+    record94.make_net(**options)(torch.empty(2, 3, 16, 16, device='meta'))
+    assert sizes == []
 
 
 def test_images_are_resized_as_pillow_does():
@@ -188,7 +222,11 @@ def leave_whitening(layer, images, eps):
 
 
 def test_pflop_is_what_torch_counts_in_a_run(folder, narrow, monkeypatch):
-    """But for the whitening, which is a hundred-thousandth of a run at full width."""
+    """But for the whitening, which is a hundred-thousandth of a run at full width.
+
+    Convolutions count by their definition.
+    """
+    monkeypatch.setattr(record94.Conv, 'forward', torch.nn.Conv2d.forward)
     train_loader, test_loader = make_loaders(folder, narrow)
     _, record = record94.train(train_loader, test_loader, narrow)
     assert 2 * 60 < record['views'] == 60 + 6 * 500  # all in doubt, in a batch of 500
@@ -241,6 +279,31 @@ def test_fp16_training_step_leaves_nothing_on_the_cpu(folder):
     assert outputs.shape == (32, 10) and outputs.dtype == torch.float16
     assert loss.dtype == torch.float32 and loss.device.type == 'meta'
     assert record94.infer(net, test_loader, tta_level=2).shape == (60, 10)
+
+
+class CountLaunches(TorchDispatchMode):
+    """Counts the operations that compute: those that are no views of what is there."""
+
+    launches = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.launches += not function.is_view
+        return result
+
+
+def test_an_optimizer_step_launches_what_the_record_says():
+    """One Newton-Schulz of all filters of a shape; none for a filter alone."""
+    options = {'device': 'meta', 'dtype': torch.float16}
+    net = record94.make_net(**options)
+    optimizer, _ = record94.make_optimizer(net, record94.hyp, total_steps=10)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.empty_like(p)
+    optimizer.step()
+    with CountLaunches() as counter:
+        optimizer.step()
+    assert counter.launches < 320
 
 
 def test_a_compiled_run_is_the_eager_one_with_a_graph_a_size(folder, narrow, monkeypatch):
