@@ -4,11 +4,12 @@
 
 Made-up images, fp32 on the CPU, each script's own loader, network, step and batch size. There are
 two kinds of steps of airbench94, with and without the whitening bias, two of the record, of small
-and of full images, and a batch of tests of each. ROUNDS times, one of each kind, in turns; the
-medians are then multiplied by how often a run makes each. A quarter of the test images are taken
-to be in doubt. records/README.md has the figures.
+and of full images, the same two with torch's convolutions only, and batches of tests. ROUNDS times,
+one of each kind, in turns; the medians are then multiplied by how often a run makes each. A quarter
+of the test images are taken to be in doubt. records/README.md has the figures.
 """
 
+import functools
 import math
 import statistics
 import sys
@@ -17,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,11 +39,19 @@ def made_up_loader(script, train):
     return loader
 
 
-def step_of(script, trains_bias, size):
+def use_torchs_convolutions(net):
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.forward = functools.partial(nn.Conv2d.forward, module)
+
+
+def step_of(script, trains_bias, size, torchs=False):
     """A function that makes a training step, with what the loader does for it."""
     loader = made_up_loader(script, train=True)
     net = script.make_net(device='cpu', dtype=torch.float32)
     net[0].bias.requires_grad = trains_bias
+    if torchs:
+        use_torchs_convolutions(net)
     optimizer, _ = script.make_optimizer(net, script.hyp, total_steps=1000)
     smoothing = script.hyp['opt']['label_smoothing']
 
@@ -54,11 +64,13 @@ def step_of(script, trains_bias, size):
     return step
 
 
-def tests_of(script):
+def tests_of(script, torchs=False):
     """A function that predicts a batch of 2000 test images, by one view."""
     loader = made_up_loader(script, train=False)
     loader.images = loader.images[:2000]
     net = script.make_net(device='cpu', dtype=torch.float32)
+    if torchs:
+        use_torchs_convolutions(net)
 
     def predict():
         script.infer(net, loader)
@@ -85,10 +97,13 @@ def main():
         ('airbench94', 'with the whitening bias', step_of(airbench94, True, 32), with_bias),
         ('airbench94', 'without', step_of(airbench94, False, 32), steps - with_bias),
         ('airbench94', '2000 tests', tests_of(airbench94), 6 * TESTS / 2000),
-        ('record', 'small images', step_of(record94, True, growth['size']), small),
-        ('record', '32 pixels', step_of(record94, False, 32), record_steps - small),
-        ('record', '2000 tests', tests_of(record94), views / 2000),
     ]
+    for name, torchs in (('record', False), ("record, torch's convolutions", True)):
+        kinds += [
+            (name, 'small images', step_of(record94, True, growth['size'], torchs), small),
+            (name, '32 pixels', step_of(record94, False, 32, torchs), record_steps - small),
+            (name, '2000 tests', tests_of(record94, torchs), views / 2000),
+        ]
     seconds = [[] for _ in kinds]
     for turn in range(1 + ROUNDS):
         for (_, _, act, _), values in zip(kinds, seconds):
@@ -97,14 +112,13 @@ def main():
             values.append(time.perf_counter() - start)
         print(f'turn {turn} of {ROUNDS}', [f'{values[-1]:.2f}' for values in seconds], flush=True)
 
-    totals = {'airbench94': 0.0, 'record': 0.0}
+    totals = {name: 0.0 for name, *_ in kinds}
     for (script, kind, _, times), values in zip(kinds, seconds):
         median = statistics.median(values[1:])  # the first call readies things
         totals[script] += times * median
         print(f'{script}, {kind}: {times:.0f} times {median:.3f} s')
     for script, total in totals.items():
-        print(f'{script}: {total:.0f} s')
-    print(f'record / airbench94: {totals["record"] / totals["airbench94"]:.3f}')
+        print(f'{script}: {total:.0f} s, {total / totals["airbench94"]:.3f} of airbench94')
 
 
 if __name__ == '__main__':
