@@ -3,7 +3,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.9", "torchvision", "numpy", "scipy", "tqdm", "filelock", "scikit-learn"]
 # ///
-"""records/94: train CIFAR-10 to 94% with few operations, and without a GPU in minutes.
+"""records/94: aims at 94% on CIFAR-10 with few operations, and without a GPU in minutes.
 
     python records/94.py                    # CIFAR-10, on the best device that is there
     python records/94.py --runs 5           # every option is airbench94.py's
