@@ -359,7 +359,7 @@ def winograd_conv(x, filters, padding):
     maps = x.permute(0, 2, 3, 1).flatten(1, 2)
     maps = of_maps.expand(n, -1, -1) @ maps  # (N, P^2, channels in)
     filters = filters.permute(2, 3, 1, 0).flatten(0, 1)
-    filters = (of_filters @ filters.flatten(1)).unflatten(1, filters.shape[1:])
+    filters = torch.tensordot(of_filters, filters, 1)  # (P^2, channels in, channels out)
     products = maps.transpose(0, 1) @ filters  # (P^2, N, channels out)
     outputs = of_products.expand(n, -1, -1) @ products.transpose(0, 1)
     return outputs.unflatten(1, 2 * [size + 2 * padding - taps + 1]).permute(0, 3, 1, 2)

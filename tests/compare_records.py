@@ -39,19 +39,20 @@ def made_up_loader(script, train):
     return loader
 
 
-def use_torchs_convolutions(net):
+def make_net(script, torchs):
+    """The script's network; if `torchs`, with no convolutions but torch's own."""
+    net = script.make_net(device='cpu', dtype=torch.float32)
     for module in net.modules():
-        if isinstance(module, nn.Conv2d):
+        if torchs and isinstance(module, nn.Conv2d):
             module.forward = functools.partial(nn.Conv2d.forward, module)
+    return net
 
 
 def step_of(script, trains_bias, size, torchs=False):
     """A function that makes a training step, with what the loader does for it."""
     loader = made_up_loader(script, train=True)
-    net = script.make_net(device='cpu', dtype=torch.float32)
+    net = make_net(script, torchs)
     net[0].bias.requires_grad = trains_bias
-    if torchs:
-        use_torchs_convolutions(net)
     optimizer, _ = script.make_optimizer(net, script.hyp, total_steps=1000)
     smoothing = script.hyp['opt']['label_smoothing']
 
@@ -68,9 +69,7 @@ def tests_of(script, torchs=False):
     """A function that predicts a batch of 2000 test images, by one view."""
     loader = made_up_loader(script, train=False)
     loader.images = loader.images[:2000]
-    net = script.make_net(device='cpu', dtype=torch.float32)
-    if torchs:
-        use_torchs_convolutions(net)
+    net = make_net(script, torchs)
 
     def predict():
         script.infer(net, loader)
