@@ -52,7 +52,7 @@ from tqdm import tqdm
 # fmt: off
 hyp = {
     'opt': {
-        'train_epochs': 16.9,       # passes over the images that are served; the last one ends early
+        'train_epochs': 16.9,       # passes over the images that are served
         'batch_size': 1000,         # images
         'lr': 0.24,                 # of the filters, whose norm is sqrt(outputs)
         'lr_biases': 0.038,         # of BatchNorm's biases and the whitening bias, an image
