@@ -12,8 +12,9 @@
 
 The recipe is Keller Jordan's, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024), "the paper"
 below: https://arxiv.org/abs/2404.00498. Published: 94.01% (n=1000), 3.83 A100-seconds a run.
-Measured: 93.995% (n=4, one of them compiled), 3828 seconds a run on two cores of an AMD EPYC with
-torch 2.14.1. README.md links the logs. No GPU has run this code yet.
+Measured: 94.00% (n=10), 2.54 seconds a run on an H200 with torch 2.11, in fp16; 93.995% (n=4, one of
+them compiled), 3828 seconds on two cores of an AMD EPYC with torch 2.14.1, in fp32. README.md links
+the logs.
 """
 
 #### Imports #######################################################################################
@@ -774,6 +775,9 @@ def compiled(hyp=hyp, num_classes=10, *, device, dtype):
         # Else each of a node's processes would compile by as many others as there are cores.
         processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         inductor_config.compile_threads = max(1, min(32, os.cpu_count() // processes))
+    # Else it prints a table for each operation whose kernels it times.
+    inductor_config.autotune_num_choices_displayed = 0
+    inductor_config.max_autotune_report_choices_stats = False
     mode = 'max-autotune' if torch.device(device).type == 'cuda' else 'default'
     options = {'fullgraph': True, 'dynamic': False, 'mode': mode}
     return {

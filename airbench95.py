@@ -13,7 +13,7 @@
 airbench94.py with a wider network, a lower learning rate and more epochs: only this text and `hyp`
 differ. The recipe is Keller Jordan's, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024),
 section 4, "the paper" below: https://arxiv.org/abs/2404.00498. Published: 95.01% (n=200), 10.4
-A100-seconds a run. Measured: one epoch; README.md links the log. No GPU has run this code yet.
+A100-seconds a run. Measured: 94.91% (n=3), on an H200 in fp16. README.md links the log.
 """
 
 #### Imports #######################################################################################
@@ -774,6 +774,9 @@ def compiled(hyp=hyp, num_classes=10, *, device, dtype):
         # Else each of a node's processes would compile by as many others as there are cores.
         processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         inductor_config.compile_threads = max(1, min(32, os.cpu_count() // processes))
+    # Else it prints a table for each operation whose kernels it times.
+    inductor_config.autotune_num_choices_displayed = 0
+    inductor_config.max_autotune_report_choices_stats = False
     mode = 'max-autotune' if torch.device(device).type == 'cuda' else 'default'
     options = {'fullgraph': True, 'dynamic': False, 'mode': mode}
     return {

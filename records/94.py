@@ -956,6 +956,9 @@ def compiled(hyp=hyp, num_classes=10, *, device, dtype):
         # Else each of a node's processes would compile by as many others as there are cores.
         processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         inductor_config.compile_threads = max(1, min(32, os.cpu_count() // processes))
+    # Else it prints a table for each operation whose kernels it times.
+    inductor_config.autotune_num_choices_displayed = 0
+    inductor_config.max_autotune_report_choices_stats = False
     mode = 'max-autotune' if torch.device(device).type == 'cuda' else 'default'
     options = {'fullgraph': True, 'dynamic': False, 'mode': mode}
     return {

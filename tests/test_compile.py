@@ -173,6 +173,15 @@ def test_processes_on_a_node_share_its_cores_when_they_compile(monkeypatch):
         assert inductor_config.compile_threads == 5
 
 
+def test_the_timing_of_kernels_prints_no_tables(capfd):
+    with inductor_config.patch(max_autotune=True, freezing=True, force_disable_caches=True):
+        airbench94.compiled(**FLOAT64)
+        with torch.no_grad():
+            torch.compile(torch.nn.Linear(64, 64, bias=False).eval())(torch.randn(32, 64))
+    printed = ''.join(capfd.readouterr())
+    assert 'AUTOTUNE' not in printed and 'Autotune' not in printed
+
+
 def test_all_that_is_kept_between_steps_stays_in_its_place(narrow):
     """CUDA graphs copy inputs that may move, and are given up where a changed one may: none may."""
     seen = []
