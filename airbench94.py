@@ -12,9 +12,9 @@
 
 The recipe is Keller Jordan's, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024), "the paper"
 below: https://arxiv.org/abs/2404.00498. Published: 94.01% (n=1000), 3.83 A100-seconds a run.
-Measured: 94.00% (n=10), 2.54 seconds a run on an H200 with torch 2.11, in fp16; 93.995% (n=4, one of
-them compiled), 3828 seconds on two cores of an AMD EPYC with torch 2.14.1, in fp32. README.md links
-the logs.
+Measured: 94.00% (n=10), 2.54 seconds a run, in fp16 on an H200 with torch 2.11; 93.995% (n=4, one
+of them compiled), 3828 seconds, in fp32 on two cores of an AMD EPYC with torch 2.14.1. README.md
+links the logs.
 """
 
 #### Imports #######################################################################################

@@ -16,9 +16,9 @@ bytes and all tensors have a multiple of 8 elements, loads and stores are 16 byt
 that is otherwise makes all of them narrow. README.md beside this file has registers and
 instructions.
 
-A bound, not a measurement: airbench94's 16 MB take 11 microseconds at 1.5 TB/s. What a call takes is
-the CPU's time, for the checks and for finding the table: 0.20 ms on an H200, where torch._foreach
-takes 0.07 ms. Averaging eight networks takes 0.61 ms there, and 1.22 ms by torch.
+A bound, not a measurement: airbench94's 16 MB take 11 microseconds at 1.5 TB/s. What a call takes
+is the CPU's time, for the checks and for finding the table: 0.20 ms on an H200, where
+torch._foreach takes 0.07 ms. Averaging eight networks takes 0.61 ms there, and 1.22 ms by torch.
 """
 # ruff: noqa: N803 - the constants of a kernel are in capitals, as in Triton's own tutorials
 

@@ -3,7 +3,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.9", "torchvision", "numpy", "scipy", "tqdm", "filelock", "scikit-learn"]
 # ///
-"""records/94: aims at 94% on CIFAR-10 with few operations, and without a GPU in minutes.
+"""records/94: 94% on CIFAR-10 with few operations, and without a GPU in minutes.
 
     python records/94.py                    # CIFAR-10, on the best device that is there
     python records/94.py --runs 5           # every option is airbench94.py's
@@ -11,8 +11,9 @@
 
 The network is airbench94's, with first convolutions of 2 x 2 in its blocks; the optimizer is Muon;
 images begin small; what the network knows well is left out of later epochs; test-time augmentation
-is kept for images in doubt; a CPU convolves small maps with fewer products. records/README.md has
-the figures, and what was tried.
+is kept for images in doubt; a CPU convolves small maps with fewer products. Measured: 94.11% (n=5),
+964 seconds a run, in fp32 on two cores of an AMD EPYC; 94.02% (n=24), in fp16 on an H200; with 0.16
+PFLOP. records/README.md has the details, and what was tried.
 """
 
 #### Imports #######################################################################################
