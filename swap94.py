@@ -1339,6 +1339,17 @@ def compiled(hyp=hyp, num_classes=10, *, device, dtype):
     }
 
 
+def first_images(loader, n):
+    """A copy of `loader` with its first n images alone, or with all if it has fewer."""
+    loader = copy.copy(loader)
+    loader.images = loader.images[:n]
+    loader.labels = loader.labels[:n]
+    return loader
+
+
+#### Kernels #######################################################################################
+
+
 def load_kernels(choice, device):
     """(augment, arguments for `train`): Triton's kernels, from the folder kernels, or torch's.
 
@@ -1360,14 +1371,6 @@ def load_kernels(choice, device):
             raise UserError(f'--kernels on needs kernels/, Triton and a GPU: {reason}') from error
     print(f"torch's functions instead of Triton's kernels: {reason}", flush=True)
     return augment, {}
-
-
-def first_images(loader, n):
-    """A copy of `loader` with its first n images alone, or with all if it has fewer."""
-    loader = copy.copy(loader)
-    loader.images = loader.images[:n]
-    loader.labels = loader.labels[:n]
-    return loader
 
 
 #### Data ##########################################################################################

@@ -17,7 +17,9 @@ RECIPE = [
     'Header', 'Imports', 'Hyperparameters', 'Augmentation and loader', 'Network', 'Whitening',
     'Optimizer', 'Lookahead', 'Loss and evaluation',
 ]  # fmt: skip
-TOOLING = ['Helpers', 'Fast path', 'Data', 'Log', 'Saved networks', 'Command line', 'Main']
+TOOLING = [
+    'Helpers', 'Fast path', 'Kernels', 'Data', 'Log', 'Saved networks', 'Command line', 'Main',
+]  # fmt: skip
 AIRBENCH = [*RECIPE, 'Training', *TOOLING]
 LOCAL = {'Header', 'Hyperparameters'}
 SWAP = ['Teams', 'Training', 'Checkpoints', 'Averaging', 'SWAP']
@@ -28,7 +30,7 @@ COPIES = {
     'airbench95.py': (AIRBENCH, LOCAL),
     'airbench96.py': (AIRBENCH, LOCAL),
     'swap94.py': ([*RECIPE, *SWAP, *TOOLING], LOCAL | {'Imports', 'Main', *SWAP}),
-    'records/94.py': (RECORD, LOCAL | {'Network', 'Optimizer', *OF_RECORD, 'Fast path'}),
+    'records/94.py': (RECORD, LOCAL | {'Network', 'Optimizer', *OF_RECORD, 'Kernels'}),
 }
 
 
