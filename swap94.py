@@ -11,9 +11,10 @@
 
 All ranks train one model, then each a worker of its own, whose weights are averaged: the algorithm
 of Gupta, Serrano and DeCoste, "Stochastic Weight Averaging in Parallel" (2020), arXiv:2001.02312,
-"SWAP" below. Network and loader are airbench94's, of "the paper". Measured: 93.66% (n=1), with
-0.059 PFLOP on the longest of eight ranks, by CPUs; airbench94: 93.995% (n=4), with 0.36. README.md
-links the logs.
+"SWAP" below. The loader is airbench94's, of "the paper"; network, optimizer, growing images and
+selection are those of records/94.py. Measured, by a CPU: 93.28% (n=1), with 148 all-reduces and
+0.049 PFLOP on the longest of eight ranks; that record: 94.11% (n=5), with 0.162 on its only one.
+README.md links the logs.
 """
 
 #### Imports #######################################################################################
@@ -37,7 +38,6 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -57,48 +57,65 @@ from tqdm import tqdm
 
 # fmt: off
 hyp = {
-    'opt': {                        # in all phases
-        'momentum': 0.85,           # Nesterov's
-        'weight_decay': 0.0153,     # per 1024 images
-        'bias_scaler': 64.0,        # learning rate of BatchNorm's biases, as a multiple of lr
+    'opt': {                        # in both phases
+        'filter_momentum': 0.6,     # Nesterov's, of the filters, before the orthogonalization
+        'newton_schulz': 3,         # steps of the orthogonalization
+        'momentum': 0.78,           # Nesterov's, of biases and head
+        'weight_decay': 2e-6,       # of biases and head, an image
         'label_smoothing': 0.2,     # share of the target that is spread over all classes
     },
     'phase1': {                     # all ranks train one model
-        'train_epochs': 9.0,        # passes over the training set, at most
-        'tau': 0.98,                # training accuracy of an epoch that ends the phase; 1: none
-        'batch_size': 1024,         # images, on all ranks together
+        'train_epochs': 8.5,        # passes over the images that are served, at most
+        'tau': 1.0,                 # training accuracy of an epoch that ends the phase; 1: none
+        'batch_size': 3000,         # images, on all ranks together
         'shards': 8,                # parts of a batch, each normalized by its own mean and variance
-        'lr': 11.5,                 # per 1024 images
-        'whiten_bias_epochs': 3,    # epochs before the whitening bias is frozen, which saves time
+        'lr': 0.24,                 # of the filters, whose norm is sqrt(outputs)
+        'lr_biases': 0.0127,        # of BatchNorm's biases and the whitening bias, an image
+        'lr_head': 0.2,             # of the last layer, an image
         'schedule': {               # learning rate, as a share of lr; linear in between
-            'start': 0.2,
-            'peak_at': 0.23,        # share of the steps after which it is lr itself
-            'end': 0.07,
+            'start': 1.0,
+            'peak_at': 0.0,
+            'end': 0.25,            # to where phase 2 goes on
         },
-        'lookahead': {
-            'every': 5,             # steps
-            'decay': 0.95**5,       # share that the averages keep of themselves; 0: no Lookahead
-            'power': 3,             # at first they keep less: decay * (step / steps)**power
+        'average': {                # a moving one of the weights, which is the phase's result
+            'every': 4,             # steps
+            'decay': 0.0,           # share that it keeps of itself; 0: no average
+        },
+        'growth': {
+            'size': 16,             # height and width of the first steps' images, in pixels
+            'until': 0.45,          # share of the steps after which they are 32
+        },
+        'selection': {
+            'from': 1.0,            # share of the epochs after which images are left out
+            'keep': 0.5,            # share that is kept: those whose loss was largest
         },
     },
     'phase2': {                     # from there, workers train a model each
         'workers': 8,               # models that are averaged
         'ranks_per_worker': 1,      # ranks that train a worker together, or all if there are fewer
-        'train_epochs': 0.5,        # of each worker
+        'train_epochs': 1.6,        # of each worker
         'tau': 1.0,
-        'batch_size': 512,          # of a worker
+        'batch_size': 500,          # of a worker
         'shards': 1,
-        'lr': 4.0,
-        'whiten_bias_epochs': 0,
+        'lr': 0.06,
+        'lr_biases': 0.038,
+        'lr_head': 0.67,
         'schedule': {
             'start': 1.0,
             'peak_at': 0.0,
-            'end': 0.0,
+            'end': 0.02,
         },
-        'lookahead': {
-            'every': 5,
-            'decay': 0.0,
-            'power': 3,
+        'average': {
+            'every': 4,
+            'decay': 0.8,
+        },
+        'growth': {
+            'size': 32,
+            'until': 0.0,
+        },
+        'selection': {
+            'from': 1.0,
+            'keep': 0.5,
         },
     },
     'statistics': {                 # BatchNorm's, recomputed before each evaluation
@@ -110,17 +127,14 @@ hyp = {
         'translate': 2,             # largest shift, in pixels
         'cutout': 0,                # side of a blank square, in pixels; 0: none
     },
-    'net': {                        # as in airbench94.py
+    'net': {                        # as in records/94.py
         'widths': {
             'block1': 64,
             'block2': 256,
             'block3': 256,
         },
-        'depth': 2,
-        'residual': False,
         'batchnorm_momentum': 0.6,
         'batchnorm_eps': 1e-12,
-        'scaling_factor': 1 / 9,
         'whiten_kernel': 2,
         'whiten_images': 5000,
         'whiten_eps': 5e-4,
@@ -129,13 +143,15 @@ hyp = {
     'target': 0.94,                 # test accuracy against which the mean of the runs is tested
 }
 
-# What --method sets. All but SWAP end with phase 1; small-batch is airbench94.
+# What --method sets. All but SWAP end with phase 1; small-batch is records/94.py.
+ANNEALED = ['phase1.schedule.end=0.02', 'phase1.average.decay=0.8']
 METHODS = {
     'swap': [],
-    'small-batch': ['phase1.tau=1', 'phase1.train_epochs=9.9', 'phase1.shards=1'],
-    'large-batch': [
-        'phase1.tau=1', 'phase1.train_epochs=13', 'phase1.batch_size=2048', 'phase1.lr=6',
+    'small-batch': [
+        *ANNEALED, 'phase1.train_epochs=16.9', 'phase1.batch_size=1000', 'phase1.shards=1',
+        'phase1.lr_biases=0.038', 'phase1.lr_head=0.67', 'phase1.selection.from=0.4',
     ],
+    'large-batch': ANNEALED,
 }
 
 # What --data digits sets: small batches, and no mirrored digits.
@@ -356,8 +372,59 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(x)
 
 
+# Where polynomials are evaluated: near zero, as fp32 has to bear the powers.
+POINTS = (0, 1, -1, 0.5, -0.5, 2, -2, 4)
+
+
+def evaluation_matrix(points, coefficients):
+    """(points, coefficients): turns coefficients into values at POINTS, and last at infinity."""
+    powers = np.vander(POINTS[: points - 1], coefficients, increasing=True)
+    leading = np.eye(coefficients)[-1:]  # the value at infinity is the last coefficient
+    return np.concatenate((powers, leading))
+
+
+def winograd_matrices(size, taps, padding, dtype):
+    """(of_maps, of_filters, of_products), by which a convolution becomes products at points.
+
+    To multiply polynomials, multiply their values, at as many points as the result has
+    coefficients. A convolution of images is the transpose of that (Winograd, 1980; Lavin & Gray,
+    2015, in small tiles). Here a whole row of a map is one polynomial: P = size + 2 * padding
+    points do. For two dimensions, the matrices are Kronecker's products with themselves.
+
+    size, taps: height and width of the maps and of the filters. Shapes: (P^2, size^2),
+    (P^2, taps^2) and ((P - taps + 1)^2, P^2).
+    """
+    points = size + 2 * padding
+    of_maps = np.linalg.inv(evaluation_matrix(points, points)).T[:, padding : padding + size]
+    of_filters = evaluation_matrix(points, taps)
+    of_products = evaluation_matrix(points, points - taps + 1).T
+    matrices = (of_maps, of_filters, of_products)
+    return [torch.from_numpy(np.kron(matrix, matrix)).to(dtype) for matrix in matrices]
+
+
+def winograd_conv(x, filters, padding):
+    """F.conv2d of stride 1, for square maps of at most len(POINTS) + 1 - 2 * padding pixels.
+
+    Up to 5.4 times fewer products than by its definition: 81 for the 441 of 7 x 7 places and 3 x 3
+    taps. In fp32, the error's norm is less than 1e-4 of the result's.
+    """
+    n, _, size, _ = x.shape
+    taps = filters.shape[-1]
+    of_maps, of_filters, of_products = winograd_matrices(size, taps, padding, x.dtype)
+    maps = x.permute(0, 2, 3, 1).flatten(1, 2)
+    maps = of_maps.expand(n, -1, -1) @ maps  # (N, P^2, channels in)
+    filters = filters.permute(2, 3, 1, 0).flatten(0, 1)
+    filters = torch.tensordot(of_filters, filters, 1)  # (P^2, channels in, channels out)
+    products = maps.transpose(0, 1) @ filters  # (P^2, N, channels out)
+    outputs = of_products.expand(n, -1, -1) @ products.transpose(0, 1)
+    return outputs.unflatten(1, 2 * [size + 2 * padding - taps + 1]).permute(0, 3, 1, 2)
+
+
 class Conv(nn.Conv2d):
-    """Convolution whose first outputs begin as copies of its inputs (section 3.3)."""
+    """Convolution whose first outputs begin as copies of its inputs (section 3.3).
+
+    On a CPU, small maps without a bias go through `winograd_conv`.
+    """
 
     def reset_parameters(self):
         super().reset_parameters()
@@ -365,44 +432,42 @@ class Conv(nn.Conv2d):
             nn.init.zeros_(self.bias)
         nn.init.dirac_(self.weight.data[: self.in_channels])
 
+    def forward(self, x):
+        is_small = x.shape[-1] + 2 * self.padding[0] <= len(POINTS) + 1
+        is_plain = not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling()
+        if x.device.type == 'cpu' and is_small and is_plain and self.bias is None:
+            return winograd_conv(x, self.weight, self.padding[0])
+        return super().forward(x)
+
 
 class ConvLayer(nn.Module):
+    """A convolution of 3 x 3; or, if it pools, one of 2 x 2 without padding.
+
+    So no row is lost in the pools: 31 pixels become 30, 15, 14, 7, 6 and 3.
+    """
+
     def __init__(self, channels_in, channels_out, pool, batchnorm_momentum, batchnorm_eps):
         super().__init__()
-        self.conv = Conv(channels_in, channels_out, 3, padding='same', bias=False)
-        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
+        if pool:
+            self.conv = Conv(channels_in, channels_out, 2, bias=False)
+            self.pool = nn.MaxPool2d(2)
+        else:
+            self.conv = Conv(channels_in, channels_out, 3, padding=1, bias=False)
+            self.pool = nn.Identity()
         self.norm = BatchNorm(channels_out, batchnorm_momentum, batchnorm_eps)
 
     def forward(self, x):
         return self.norm(self.pool(self.conv(x)))
 
 
-class ConvGroup(nn.Module):
-    """`depth` layers, two or more, the first of which pools.
-
-    If `residual`, the first layer's activations are added to the last layer's outputs, before their
-    activation (section 4).
-    """
-
-    def __init__(self, channels_in, channels_out, *, depth, residual, **batchnorm):
-        super().__init__()
-        layers = [ConvLayer(channels_in, channels_out, pool=True, **batchnorm)]
-        for _ in range(depth - 1):
-            layers.append(ConvLayer(channels_out, channels_out, pool=False, **batchnorm))
-        self.layers = nn.ModuleList(layers)
-        self.activ = nn.GELU()
-        self.residual = residual
-
-    def forward(self, x):
-        first, *inner, last = self.layers
-        x = self.activ(first(x))
-        shortcut = x
-        for layer in inner:
-            x = self.activ(layer(x))
-        x = last(x)
-        if self.residual:
-            x = x + shortcut
-        return self.activ(x)
+def conv_group(channels_in, channels_out, **batchnorm):
+    """Two layers, the first of which pools."""
+    return nn.Sequential(
+        ConvLayer(channels_in, channels_out, pool=True, **batchnorm),
+        nn.SiLU(),
+        ConvLayer(channels_out, channels_out, pool=False, **batchnorm),
+        nn.SiLU(),
+    )
 
 
 class Net(nn.Sequential):
@@ -421,7 +486,7 @@ class Net(nn.Sequential):
 
 
 def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
-    """The paper's network (section 3.1): (N, 3, 32, 32) of `dtype` -> logits (N, num_classes).
+    """The network: (N, 3, H, W) of `dtype`, from 16 x 16 -> logits (N, num_classes).
 
     Parameters are drawn on the CPU, from `seed`. They are of `dtype`, BatchNorm's at least fp32.
     With bfloat16 all are fp32, as small updates of bfloat16 weights would be rounded away. The
@@ -430,21 +495,22 @@ def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
     widths = hyp['net']['widths']
     kernel = hyp['net']['whiten_kernel']
     whiten_width = 2 * 3 * kernel**2  # the eigenvectors of the patches, and their negations
-    shape = ('depth', 'residual', 'batchnorm_momentum', 'batchnorm_eps')
-    settings = {key: hyp['net'][key] for key in shape}
+    settings = {key: hyp['net'][key] for key in ('batchnorm_momentum', 'batchnorm_eps')}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layers = [
             Conv(3, whiten_width, kernel),
             nn.GELU(),
-            ConvGroup(whiten_width, widths['block1'], **settings),
-            ConvGroup(widths['block1'], widths['block2'], **settings),
-            ConvGroup(widths['block2'], widths['block3'], **settings),
-            nn.MaxPool2d(3),
+            conv_group(whiten_width, widths['block1'], **settings),
+            conv_group(widths['block1'], widths['block2'], **settings),
+            conv_group(widths['block2'], widths['block3'], **settings),
+            nn.AdaptiveMaxPool2d(1),
             nn.Flatten(),
             nn.Linear(widths['block3'], num_classes, bias=False),
-            Mul(hyp['net']['scaling_factor']),
+            Mul(1 / widths['block3']),
         ]
+        head = layers[-2].weight.data
+        head.div_(head.std())
     net = Net(*layers, autocast=dtype == torch.bfloat16)
     if net.autocast:
         dtype = torch.float32
@@ -492,63 +558,93 @@ def learning_rate_share(step, total_steps, schedule):
     return float(np.interp(step, corners, [schedule['start'], 1, schedule['end']]))
 
 
-def make_optimizer(net, hyp, total_steps, fused=None):
-    """Nesterov SGD and its schedule: (optimizer, scheduler). fused: as for torch.optim.SGD.
+# Of x -> a x + b x^3 + c x^5, which moves singular values towards 1: https://kellerjordan.github.io/posts/muon/
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
-    Learning rate, weight decay, momentum and batch size can each be tuned alone:
-    https://myrtle.ai/learn/how-to-train-your-resnet-5-hyperparameters/. The rates are for a loss
-    that is summed over the batch. BatchNorm's biases are known by "norm" in their names.
+
+def orthogonalize(matrices, steps):
+    """Set all singular values of matrices (..., rows, columns) to about 1, by Newton-Schulz.
+
+    After three steps they are between 0.3 and 1.3 if they were above a hundredth of the largest.
+    """
+    a, b, c = NEWTON_SCHULZ
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices  # the products are of the shorter side
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.SGD):
+    """SGD which, in groups with 'newton_schulz' steps, moves along orthogonalized gradients.
+
+    Such a group holds filters (outputs, ...), of which each is seen as a matrix with a row an
+    output. Nesterov's momentum comes before the orthogonalization, so that SGD must have none
+    there: the group's is 'filter_momentum'. Before each step the filters are scaled to the norm
+    sqrt(outputs), so that the learning rate is that of an angle.
+    Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            if group['newton_schulz'] > 0:
+                self.orthogonalize_gradients(group)
+        return super().step(closure)
+
+    def orthogonalize_gradients(self, group):
+        """Replace the gradients of a group, and scale its filters."""
+        momentum = group['filter_momentum']
+        by_shape = {}
+        for filters in group['params']:
+            state = self.state[filters]
+            if 'velocity' not in state:
+                state['velocity'] = torch.zeros_like(filters)
+            velocity = state['velocity'].mul_(momentum).add_(filters.grad)
+            filters.grad.add_(velocity, alpha=momentum)
+            filters.mul_(len(filters) ** 0.5 / filters.norm())
+            by_shape.setdefault(filters.shape, []).append(filters.grad)
+        for shape, gradients in by_shape.items():
+            matrices = torch.stack([gradient.flatten(1) for gradient in gradients])
+            for gradient, matrix in zip(gradients, orthogonalize(matrices, group['newton_schulz'])):
+                gradient.copy_(matrix.view(shape))
+
+
+def make_optimizer(net, hyp, total_steps, fused=None):
+    """Muon and its schedule: (optimizer, scheduler). fused: as for torch.optim.SGD.
+
+    The rates of the head and the biases are for a loss that is summed over the batch. BatchNorm's
+    biases are known by "norm" in their names.
     """
     opt = hyp['opt']
-    # Momentum enlarges a steady step by 1 / (1 - momentum). The published scale makes up for that,
-    # and adds 1.
-    kilostep_scale = 1024 * (1 + 1 / (1 - opt['momentum']))
-    lr = opt['lr'] / kilostep_scale
-    lr_biases = lr * opt['bias_scaler']
-    weight_decay = opt['weight_decay'] * opt['batch_size'] / kilostep_scale
+    weight_decay = opt['weight_decay'] * opt['batch_size']
     trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    norm_biases = [p for name, p in trained if 'norm' in name]
-    other_params = [p for name, p in trained if 'norm' not in name]
+    biases = [p for name, p in trained if name.endswith('bias')]
+    filters = [p for name, p in trained if p.ndim == 4]
+    head = [p for name, p in trained if p.ndim == 2]
     # PyTorch multiplies the weight decay by the learning rate, so that is divided out here.
     groups = [
-        {'params': norm_biases, 'lr': lr_biases, 'weight_decay': weight_decay / lr_biases},
-        {'params': other_params, 'lr': lr, 'weight_decay': weight_decay / lr},
+        {'params': params, 'lr': lr, 'weight_decay': weight_decay / lr, 'newton_schulz': 0}
+        for params, lr in ((biases, opt['lr_biases']), (head, opt['lr_head']))
     ]
-    nesterov = opt['momentum'] > 0  # torch refuses Nesterov's without
-    optimizer = torch.optim.SGD(groups, momentum=opt['momentum'], nesterov=nesterov, fused=fused)
+    groups.append(
+        {
+            'params': filters,
+            'lr': opt['lr'],
+            'momentum': 0,
+            'nesterov': False,
+            'filter_momentum': opt['filter_momentum'],
+            'newton_schulz': opt['newton_schulz'],
+        }
+    )
+    optimizer = Muon(groups, momentum=opt['momentum'], nesterov=True, fused=fused)
 
     def share(step):
         return learning_rate_share(step, total_steps, opt['schedule'])
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-
-
-#### Lookahead #####################################################################################
-
-
-def lookahead_decay(step, total_steps, settings):
-    """The averages' share of themselves after a step, counted from 1."""
-    return settings['decay'] * (step / total_steps) ** settings['power']
-
-
-def by_dtype(tensors):
-    """Lists of the tensors of each dtype: for mixed lists, torch's foreach functions are slow."""
-    lists = {}
-    for tensor in tensors:
-        lists.setdefault(tensor.dtype, []).append(tensor)
-    return list(lists.values())
-
-
-def lookahead(averages, weights, decay):
-    """Move averages towards weights, of which they take the share 1 - decay, and weights to them.
-
-    Both are lists of tensors, and are changed in place. `train` averages BatchNorm's running
-    statistics too, and ends with decay=1.0, which sets the weights to their averages.
-    Section 3.4, after Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back" (2019).
-    """
-    for some_averages, some_weights in zip(by_dtype(averages), by_dtype(weights)):
-        torch._foreach_lerp_(some_averages, some_weights, 1 - decay)
-        torch._foreach_copy_(some_weights, some_averages)
 
 
 #### Loss and evaluation ###########################################################################
@@ -611,6 +707,68 @@ def evaluate(net, loader, tta_level=0, forward=forward):
     return (predictions == loader.labels).sum().item() / len(loader.labels)
 
 
+#### Growth and selection ##########################################################################
+
+
+def resize(inputs, size):
+    """Batch (B, C, H, W) -> (B, C, size, size), by antialiased bilinear interpolation."""
+    if size == inputs.shape[-1]:
+        return inputs
+    size = (size, size)
+    return F.interpolate(inputs, size=size, mode='bilinear', antialias=True)
+
+
+def image_size(step, total_steps, growth):
+    """Height and width, in pixels, of the images of a step, counted from 0."""
+    if step < growth['until'] * total_steps:
+        return growth['size']
+    return 32
+
+
+def plan_epochs(n, hyp):
+    """Of each epoch: (how many of the n training images are served, how many steps)."""
+    opt, selection = hyp['opt'], hyp['selection']
+    plan = []
+    for epoch in range(math.ceil(opt['train_epochs'])):
+        served = n
+        if epoch >= selection['from'] * opt['train_epochs']:
+            served = max(int(selection['keep'] * n), opt['batch_size'])
+        part = min(1, opt['train_epochs'] - epoch)  # of the last epoch
+        plan.append((served, math.ceil(part * (served // opt['batch_size']))))
+    return plan
+
+
+def flop_per_step(hyp, num_classes, size):
+    """Floating-point operations of a step on images of `size` pixels, as torch's counter counts."""
+    batch_size = hyp['opt']['batch_size']
+    options = {'device': 'meta', 'dtype': torch.float32}
+    net = make_net(hyp, num_classes, **options)
+    net[0].bias.requires_grad = size < 32
+    optimizer, _ = make_optimizer(net, hyp, total_steps=1)
+    images = torch.empty(batch_size, 3, size, size, **options)
+    labels = torch.empty(batch_size, dtype=torch.int64, device='meta')
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = compute_loss(net, images, labels, 0.0)
+        loss.backward()
+        optimizer.step()
+    return counter.get_total_flops()
+
+
+def serve_hardest(loader, losses, n):
+    """Let the loader's next epoch serve only the n images of the largest losses, in its order.
+
+    losses: (N,), by place in the set, on the loader's device. Returns that order, int64 (n,).
+    """
+    loader.send_draws()
+    order = loader.draws['order']
+    is_hard = torch.zeros(len(losses), dtype=torch.bool, device=losses.device)
+    is_hard[losses.topk(n).indices] = True
+    # Those that are hard first, without waiting to learn how many they are.
+    order = order[is_hard[order].argsort(descending=True, stable=True)[:n]]
+    loader.draws['order'] = order
+    return order
+
+
 #### Teams #########################################################################################
 
 
@@ -627,7 +785,8 @@ class Team:
     """Ranks that train a model together, and this rank's place among them.
 
     By default, this process alone. first: the team's first rank, among all ranks. What they do
-    together raises OSError if one of them is lost.
+    together raises OSError if one of them is lost. `sums` and `bytes` count the all-reduces, and
+    what a rank gives to them, also those that a process alone does not have to make.
     """
 
     def __init__(self, rank=0, size=1, group=None, first=0):
@@ -635,9 +794,13 @@ class Team:
         self.size = size
         self.group = group
         self.first = first
+        self.sums = 0
+        self.bytes = 0
 
     def add(self, values):
         """Replace a tensor by its sum over the team, in place, and return it."""
+        self.sums += 1
+        self.bytes += values.numel() * values.element_size()
         if self.size > 1:
             with lost_ranks_named():
                 dist.all_reduce(values, group=self.group)
@@ -730,7 +893,7 @@ class ShardLoader(CifarLoader):
         vars(self).update(vars(loader))  # all but the batches is the loader's
         self.seed = seed
         self.team = team
-        self.steps = len(loader.images) // opt['batch_size']  # of an epoch
+        self.steps = 0  # of the epoch
         self.shards = opt['shards'] // team.size  # of a step, on this rank
         self.batch_size = opt['batch_size'] // opt['shards']
         self.draws_key = None
@@ -738,11 +901,18 @@ class ShardLoader(CifarLoader):
     def __len__(self):
         return self.steps * self.shards
 
-    def draw(self, epoch):
-        draws = super().draw(epoch)
-        images = self.steps * self.team.size * self.shards * self.batch_size
-        batches = draws['order'][:images].view(self.steps, self.team.size, -1)
-        return draws | {'order': batches[:, self.team.rank].flatten()}
+    def start_epoch(self, epoch, losses, served, steps):
+        """Ready so many steps of the `served` images of the largest losses; epochs count from 0.
+
+        Returns the images in order, as places in the set: (the team's, this rank's).
+        """
+        self.epoch = epoch
+        self.steps = steps
+        images = steps * self.team.size * self.shards * self.batch_size
+        order = serve_hardest(self, losses, served)[:images]
+        mine = order.view(steps, self.team.size, -1)[:, self.team.rank].flatten()
+        self.draws['order'] = mine
+        return order, mine
 
 
 #### Training ######################################################################################
@@ -754,48 +924,56 @@ def in_memory(tensor):
 
 
 def flatten(tensors):
-    """Tensors of one dtype as one vector, float32 (float64 for float64)."""
-    vector = torch.cat([in_memory(tensor) for tensor in tensors])
-    return vector.to(torch.promote_types(vector.dtype, torch.float32))
+    """Tensors as one vector, of float32 or, where one of them is, float64."""
+    vectors = [in_memory(tensor) for tensor in tensors]
+    kind = torch.float32
+    for vector in vectors:
+        kind = torch.promote_types(kind, vector.dtype)
+    return torch.cat([vector.to(kind) for vector in vectors])
 
 
 def unflatten(vector, tensors):
     """Write a vector that flatten has made into tensors of the same forms."""
-    parts = vector.to(tensors[0].dtype).split([tensor.numel() for tensor in tensors])
+    parts = vector.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_([in_memory(tensor) for tensor in tensors], list(parts))
 
 
 def train_step(net, optimizer, shards, label_smoothing, team, compute_loss=compute_loss):
-    """One step of SGD on a team's batch, of which this rank has `shards`.
+    """One step on a team's batch, of which this rank has `shards`.
 
     shards: a list of (inputs, labels). Gradients are summed in fp32, over shards and ranks. Returns
-    this rank's (summed loss, correct predictions), a tensor (2,) on the device.
+    this rank's (summed loss, correct predictions), a tensor (2,), and its images' losses without
+    smoothing, (N,), both on the device.
     """
-    trained = by_dtype(p for p in net.parameters() if p.requires_grad)
+    trained = [p for p in net.parameters() if p.requires_grad]
     is_alone = team.size == 1 and len(shards) == 1
     totals = 0
-    sums = [0] * len(trained)
+    gradient = 0
+    image_losses = []
     for inputs, labels in shards:
         loss, outputs = compute_loss(net, inputs, labels, label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         correct = (outputs.argmax(1) == labels).sum()
         totals = totals + torch.stack((loss.detach(), correct))
+        image_losses.append(F.cross_entropy(outputs.float(), labels, reduction='none'))
         if not is_alone:
-            gradients = [flatten([p.grad for p in parameters]) for parameters in trained]
-            sums = [total + gradient for total, gradient in zip(sums, gradients)]
+            gradient = gradient + flatten([p.grad for p in trained])
     if not is_alone:
-        for total, parameters in zip(sums, trained):
-            unflatten(team.add(total), [p.grad for p in parameters])
+        unflatten(team.add(gradient), [p.grad for p in trained])
     optimizer.step()
-    return totals
+    return totals, torch.cat(image_losses)
 
 
-def start_model(weights, seconds=0.0):
-    """A model before training: what train_epoch turns into the next, and what checkpoints hold."""
+def start_model(weights, losses, seconds=0.0):
+    """A model before training: what train_epoch turns into the next, and what checkpoints hold.
+
+    losses: each training image's when it was last seen, (N,).
+    """
     return {
         'weights': weights,
-        'averages': None,  # Lookahead's
+        'losses': losses,
+        'averages': None,  # of the weights
         'optimizer': None,
         'scheduler': None,
         'epoch': 0,
@@ -803,6 +981,8 @@ def start_model(weights, seconds=0.0):
         'done': False,
         'failed': None,
         'seconds': seconds,
+        'sums': 0,  # all-reduces
+        'bytes': 0,
         'epochs': [],
         'history': [],  # weights after each epoch, for the curve
     }
@@ -815,22 +995,24 @@ def new_model(hyp, loader, seed, team):
     images = loader.normalize(loader.images[: hyp['net']['whiten_images']])
     init_whitening_conv(net[0], images, hyp['net']['whiten_eps'])
     team.copy_from_first(net[0].weight.data)  # ranks may differ in rounding
-    return start_model(net.state_dict(), clock(loader.device) - start)
+    losses = torch.full((len(loader.images),), math.inf, device=loader.device)
+    return start_model(net.state_dict(), losses, clock(loader.device) - start)
 
 
-def train_epoch(
-    model, net, loader, hyp, *, fused=None, lookahead=lookahead, compute_loss=compute_loss
-):
+def train_epoch(model, net, loader, hyp, *, fused=None, compute_loss=compute_loss):
     """The model after one more epoch. All ranks of the loader's team call this together.
 
     model: as start_model makes it. net: a network for `hyp`, which gets the model's weights.
-    hyp['opt']: with the settings of a phase. A model is 'done' after its last epoch, or when it has
+    hyp: as phase_settings makes it. A model is 'done' after its last epoch, or when it has
     'failed', a reason. Losses and accuracies in 'epochs' are means over an epoch.
     """
     start = clock(loader.device)
+    team = loader.team
+    sums, sent = team.sums, team.bytes
     opt = hyp['opt']
-    epoch = model['epoch'] + 1
-    total_steps = math.ceil(loader.steps * opt['train_epochs'])
+    plan = plan_epochs(len(loader.images), hyp)
+    total_steps = sum(steps for _, steps in plan)
+    served, steps = plan[model['epoch']]
     net.train()
     net.load_state_dict(model['weights'])
     net[0].bias.requires_grad = True
@@ -840,52 +1022,61 @@ def train_epoch(
         scheduler.load_state_dict(model['scheduler'])
     weights = [value for value in net.state_dict().values() if value.is_floating_point()]
     averages = [value.clone() for value in model['averages'] or weights]
-    uses_lookahead = opt['lookahead']['decay'] > 0
+    average = opt['average']
 
-    net[0].bias.requires_grad = epoch <= opt['whiten_bias_epochs']
-    loader.epoch = model['epoch']
-    served = iter(loader)
+    order, mine = loader.start_epoch(model['epoch'], model['losses'], served, steps)
+    batches = iter(loader)
     totals = 0
-    last = min(model['step'] + loader.steps, total_steps)
-    for step in progress(range(model['step'] + 1, last + 1), f'epoch {epoch}'):
-        shards = list(islice(served, loader.shards))
-        totals = totals + train_step(
-            net, optimizer, shards, opt['label_smoothing'], loader.team, compute_loss
+    seen_losses = []
+    last = model['step'] + steps
+    for step in progress(range(model['step'], last), f'epoch {model["epoch"] + 1}'):
+        size = image_size(step, total_steps, hyp['growth'])
+        net[0].bias.requires_grad = size < 32  # to train it costs a tenth of a step
+        shards = [(resize(inputs, size), y) for inputs, y in islice(batches, loader.shards)]
+        of_step, image_losses = train_step(
+            net, optimizer, shards, opt['label_smoothing'], team, compute_loss
         )
+        totals = totals + of_step
+        seen_losses.append(image_losses)
         scheduler.step()
-        if uses_lookahead and step % opt['lookahead']['every'] == 0:
-            decay = lookahead_decay(step, total_steps, opt['lookahead'])
-            lookahead(averages, weights, decay)
+        if average['decay'] > 0 and (step + 1) % average['every'] == 0:
+            torch._foreach_lerp_(averages, weights, 1 - average['decay'])
     net[0].bias.requires_grad = True  # so that evaluation is compiled once
 
-    for parameters in by_dtype(net.parameters()):
-        totals[0] += 0 * flatten(parameters).sum()  # NaN if a weight is not finite
-    totals = loader.team.add(totals) / ((last - model['step']) * opt['batch_size'])
-    loss, accuracy = totals.tolist()
+    totals[0] += 0 * flatten(net.parameters()).sum()  # NaN if a weight is not finite
+    losses = torch.zeros_like(model['losses'])
+    losses[mine] = torch.cat(seen_losses).to(losses.dtype)
+    of_all = team.add(torch.cat((totals.to(losses.dtype), losses)))
+    loss, accuracy = (of_all[:2].double() / (steps * opt['batch_size'])).tolist()
+    losses = model['losses'].clone()
+    losses[order] = of_all[2:][order]
     has_failed = not math.isfinite(loss)
     reached_tau = opt['tau'] < 1 and accuracy >= opt['tau']
     is_done = has_failed or last == total_steps or reached_tau
-    if uses_lookahead and is_done:
-        lookahead(averages, weights, decay=1.0)  # the averages are the result
+    if average['decay'] > 0 and is_done:
+        torch._foreach_copy_(weights, averages)
 
     row = {
-        'epoch': epoch,
+        'epoch': model['epoch'] + 1,
         'train_loss': loss,
         'train_acc': accuracy,
         'seconds': model['seconds'] + clock(loader.device) - start,
     }
     model = model | {
         'weights': {name: value.clone() for name, value in net.state_dict().items()},
+        'losses': losses,
         'averages': None if is_done else averages,
         'optimizer': None if is_done else optimizer.state_dict(),
         'scheduler': None if is_done else scheduler.state_dict(),
-        'epoch': epoch,
+        'epoch': row['epoch'],
         'step': last,
         'done': is_done,
         'seconds': row['seconds'],
+        'sums': model['sums'] + team.sums - sums,
+        'bytes': model['bytes'] + team.bytes - sent,
     }
     if has_failed:
-        return model | {'failed': f'loss or weights are not finite after epoch {epoch}'}
+        return model | {'failed': f'loss or weights are not finite after epoch {row["epoch"]}'}
     return model | {'epochs': [*model['epochs'], row]}
 
 
@@ -1030,12 +1221,39 @@ def worker_seed(seed, worker):
 
 
 def describe_model(model):
-    return {key: model[key] for key in ('epochs', 'step', 'seconds', 'failed')}
+    names = ('epochs', 'step', 'seconds', 'sums', 'bytes', 'failed')
+    return {name: model[name] for name in names}
 
 
-def cost(seconds, flop, flop_of_all):
-    """A phase's cost; seconds and flop are those of the longest rank."""
-    return {'seconds': seconds, 'pflop': 1e-15 * flop, 'pflop_of_all': 1e-15 * flop_of_all}
+def phase_settings(hyp, phase):
+    """`hyp` as the functions for one network want it: with a phase's settings in its groups."""
+    own = hyp[phase]
+    groups = {'growth': own['growth'], 'selection': own['selection']}
+    return hyp | groups | {'opt': hyp['opt'] | own}
+
+
+def flop_of_steps(settings, images, num_classes, steps, ranks=1):
+    """A list with the operations of each of a phase's first `steps`, on one of the ranks.
+
+    images: how many the training set has. Every rank has its part of a batch, and makes the whole
+    step of the optimizer.
+    """
+    total_steps = sum(count for _, count in plan_epochs(images, settings))
+    sizes = [image_size(step, total_steps, settings['growth']) for step in range(steps)]
+    part = settings['opt'] | {'batch_size': settings['opt']['batch_size'] // ranks}
+    of_part = settings | {'opt': part}
+    of_sizes = {size: flop_per_step(of_part, num_classes, size) for size in set(sizes)}
+    return [of_sizes[size] for size in sizes]
+
+
+def cost(seconds, flop, flop_of_all, sums=0, sent=0):
+    """What a phase costs.
+
+    seconds are those of the longest rank there was. flop, sums (all-reduces) and sent (bytes) are
+    those of the longest of as many ranks as there are shards in phase 1, and workers in phase 2.
+    """
+    pflop = {'pflop': 1e-15 * flop, 'pflop_of_all': 1e-15 * flop_of_all}
+    return {'seconds': seconds, **pflop, 'all_reduces': sums, 'megabytes': 1e-6 * sent}
 
 
 @dataclass
@@ -1060,9 +1278,11 @@ class Run:
     functions: dict
     phases: dict = field(default_factory=dict)
 
-    @cached_property
-    def flop_per_image(self):
-        return flop_per_image(self.hyp, len(self.train_loader.classes))
+    def flop(self, phase, steps, ranks=1):
+        """Operations of a phase's steps on each of so many ranks that share them."""
+        settings = phase_settings(self.hyp, phase)
+        images, classes = len(self.train_loader.images), len(self.train_loader.classes)
+        return sum(flop_of_steps(settings, images, classes, steps, ranks))
 
     def measure(self, tta_level, team):
         """Accuracy in [0, 1] of the network as it is."""
@@ -1071,7 +1291,7 @@ class Run:
 
     def fit(self, name, phase, model, seed, team):
         """Train a model to the end of a phase, from its checkpoint if it has one."""
-        settings = self.hyp | {'opt': self.hyp['opt'] | self.hyp[phase]}
+        settings = phase_settings(self.hyp, phase)
         loader = ShardLoader(self.train_loader, settings['opt'], seed, team)
         path = self.checkpoints and Path(self.checkpoints, f'{name}.pt')
         if path:
@@ -1091,12 +1311,19 @@ class Run:
                 save_checkpoint(path, model, team)
         return model
 
+    def sent(self, model, ranks):
+        """(all-reduces, bytes a rank gives to them) of a model that so many ranks train."""
+        if ranks == 1:
+            return 0, 0
+        return model['sums'], model['bytes']
+
     def phase1(self):
         """All ranks train one model, in large batches."""
         model = new_model(self.hyp, self.train_loader, self.seed, self.everyone)
         model = self.fit('joint', 'phase1', model, self.seed, self.everyone)
-        flop = model['step'] * self.hyp['phase1']['batch_size'] * self.flop_per_image[0]
-        self.phases['phase1'] = cost(model['seconds'], flop / self.everyone.size, flop)
+        ranks = self.hyp['phase1']['shards']
+        flops = [self.flop('phase1', model['step'], of) for of in (ranks, 1)]
+        self.phases['phase1'] = cost(model['seconds'], *flops, *self.sent(model, ranks))
         return model
 
     def phase2(self, joint):
@@ -1108,7 +1335,7 @@ class Run:
         teams = self.everyone.size // self.team.size
         models = {}
         for n in range(self.everyone.rank // self.team.size, workers, teams):
-            model = start_model(joint['weights'])
+            model = start_model(joint['weights'], joint['losses'])
             seed = worker_seed(self.seed, n)
             models[n] = self.fit(f'w{n}', 'phase2', model, seed, self.team)
         if self.team.rank > 0:
@@ -1116,16 +1343,21 @@ class Run:
         mine = {n: describe_model(model) for n, model in models.items()}
         of_ranks = self.everyone.gather(mine)
 
-        seconds = [sum(worker['seconds'] for worker in of_rank.values()) for of_rank in of_ranks]
-        steps = [sum(worker['step'] for worker in of_rank.values()) for of_rank in of_ranks]
-        flop = self.hyp['phase2']['batch_size'] * self.flop_per_image[0]
-        longest = max(steps) * flop / self.team.size
-        self.phases['phase2'] = cost(max(seconds), longest, sum(steps) * flop)
-        finite = [model for model in models.values() if not model['failed']]
         about = {}
         for of_rank in of_ranks:
             about |= of_rank
-        return finite, [about[n] for n in sorted(about)]
+        about = [about[n] for n in sorted(about)]
+
+        seconds = [sum(worker['seconds'] for worker in of_rank.values()) for of_rank in of_ranks]
+        steps = [worker['step'] for worker in about]
+        flop_of = {count: self.flop('phase2', count) for count in set(steps)}
+        flop_of_all = sum(flop_of[count] for count in steps)
+        ranks = self.hyp['phase2']['ranks_per_worker']
+        flop = self.flop('phase2', max(steps), ranks)
+        longest = max(about, key=lambda worker: worker['step'])
+        sums, sent = self.sent(longest, ranks)
+        self.phases['phase2'] = cost(max(seconds), flop, flop_of_all, sums, sent)
+        return [model for model in models.values() if not model['failed']], about
 
     def phase3(self, joint, workers):
         """Load the workers' average, or the joint model where there is no phase 2, and evaluate it.
@@ -1133,14 +1365,17 @@ class Run:
         Returns its accuracy with test-time augmentation, or None if there is nothing to average.
         """
         start = clock(self.train_loader.device)
+        sums, sent = self.everyone.sums, self.everyone.bytes
         self.net.load_state_dict(joint['weights'])
         if workers is not None:
             if average(workers, self.net, self.everyone, self.running_mean) == 0:
                 return None
         accuracy = self.measure(self.hyp['net']['tta_level'], self.everyone)
         seconds = clock(self.train_loader.device) - start
-        ranks = self.everyone.size
-        self.phases['phase3'] = cost(seconds, self.evaluation_flop(ranks), self.evaluation_flop(1))
+        flops = [self.evaluation_flop(ranks) for ranks in (self.hyp['phase1']['shards'], 1)]
+        sums = self.everyone.sums - sums
+        sent = self.everyone.bytes - sent
+        self.phases['phase3'] = cost(seconds, *flops, sums, sent)
         return accuracy
 
     def evaluation_flop(self, ranks):
@@ -1151,7 +1386,8 @@ class Run:
         batches = math.ceil(images // size / ranks)
         tests = math.ceil(len(self.test_loader.images) / ranks)
         views = TTA_VIEWS[self.hyp['net']['tta_level']]
-        return (batches * size + tests * views) * self.flop_per_image[1]
+        _, of_view = flop_per_image(self.hyp, len(self.train_loader.classes))
+        return (batches * size + tests * views) * of_view
 
     def average_curve(self, workers):
         """The average's accuracy after each epoch of phase 2 (Figure 1): a list of rows."""
@@ -1354,17 +1590,17 @@ def load_kernels(choice, device):
     """(augment, arguments for `train`): Triton's kernels, from the folder kernels, or torch's.
 
     choice: 'on', 'off', or 'auto', which is on where the device is CUDA and the kernels work: they
-    are tried, and must give what this script's functions give, so that an edited one is not
-    replaced. Raises UserError for 'on' where they do not work.
+    are tried, and must give what torch gives, so that an edited `augment` is not replaced. Raises
+    UserError for 'on' where they do not work.
     """
     if choice == 'off' or (choice == 'auto' and device.type != 'cuda'):
         return augment, {}
     try:
         from kernels import flip_crop, require
-        from kernels import lookahead as lookahead_kernel
+        from kernels import running_mean as running_mean_kernel
 
-        require(device, augment, lookahead)
-        return flip_crop, {'lookahead': lookahead_kernel}
+        require(device, augment)
+        return flip_crop, {'running_mean': running_mean_kernel}
     except Exception as error:  # ImportError, RuntimeError or one of Triton's own
         reason = first_lines(error)
         if choice == 'on':
@@ -2018,10 +2254,6 @@ def prepare(args, data, hyp, device, dtype):
     test_loader = CifarLoader(data, False, 2000, **options)
     if train_loader.classes != test_loader.classes:
         raise UserError(f'{data}: training and test set have different classes')
-    if faster:  # the kernels work here
-        from kernels import running_mean
-
-        faster['running_mean'] = running_mean
     if args.compile:
         faster |= compiled(hyp, len(train_loader.classes), **options)
     return train_loader, test_loader, faster
@@ -2037,9 +2269,7 @@ def warm_up(train_loader, test_loader, hyp, **options):
         print('warming up', flush=True)
     short = {}
     for phase in ('phase1', 'phase2'):
-        short[phase] = hyp[phase] | {'tau': 1.0, 'lr': 0.01 * hyp[phase]['lr']}
-    short['phase1'] |= {'train_epochs': 2, 'whiten_bias_epochs': 1}
-    short['phase2'] |= {'train_epochs': 1}
+        short[phase] = hyp[phase] | {'train_epochs': 2, 'tau': 1.0, 'lr': 0.01 * hyp[phase]['lr']}
     batch = max(hyp['phase1']['batch_size'], hyp['phase2']['batch_size'])
     few = first_images(train_loader, 3 * batch)
     few.labels = torch.randint_like(few.labels, len(few.classes))
@@ -2116,17 +2346,21 @@ def print_table(records):
         'phase 2, each worker': [w['epochs'][-1] for w in workers if not w['failed']],
         'the average': finished,
     }
-    print(f'{"after":20}     n  val_acc      std    seconds  PFLOP of longest rank     of all')
-    costs = np.zeros(3)
+    print('                                                      of the longest rank:')
+    columns = '    n  val_acc      std    seconds      PFLOP  all-reduces        MB   PFLOP of all'
+    print(f'{"after":20} {columns}')
+    costs = {}
     for phase, (name, rows) in zip(('phase1', 'phase2', 'phase3'), rows_after.items()):
         if not rows:
             continue
         accs = [row['val_acc'] for row in rows]
         std = f'{np.std(accs, ddof=1):.4f}' if len(accs) > 1 else '-'
-        costs += np.mean([list(record['phases'][phase].values()) for record in finished], 0)
-        seconds, pflop, pflop_of_all = costs
+        for key in finished[0]['phases'][phase]:
+            mean = np.mean([record['phases'][phase][key] for record in finished])
+            costs[key] = costs.get(key, 0) + mean
         print(f'{name:20} {len(accs):5} {np.mean(accs):8.4f} {std:>8}', end=' ')
-        print(f'{seconds:10.2f} {pflop:22.3g} {pflop_of_all:10.3g}')
+        print('{seconds:10.2f} {pflop:10.3g} {all_reduces:12.0f}'.format(**costs), end=' ')
+        print('{megabytes:9.1f} {pflop_of_all:14.3g}'.format(**costs))
 
 
 def make_runs(args, folder, config, loaders, faster, everyone, team):

@@ -674,17 +674,7 @@ def infer_in_doubt(net, loader, tta_level, margin, forward=forward):
     return logits, len(loader.images) + len(few.images) * TTA_VIEWS[tta_level]
 
 
-#### Training ######################################################################################
-
-
-def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=compute_loss):
-    """One step of SGD. Returns what compute_loss does; the outputs live until the next step."""
-    loss, outputs = compute_loss(net, inputs, labels, label_smoothing)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    # A clone, as the next call of a CUDA graph overwrites the original.
-    return loss.detach().clone(), outputs
+#### Growth and selection ##########################################################################
 
 
 def resize(inputs, size):
@@ -725,23 +715,10 @@ def flop_per_step(hyp, num_classes, size):
     images = torch.empty(batch_size, 3, size, size, **options)
     labels = torch.empty(batch_size, dtype=torch.int64, device='meta')
     with FlopCounterMode(display=False) as counter:
-        train_step(net, optimizer, images, labels, 0.0)
+        loss, _ = compute_loss(net, images, labels, 0.0)
+        loss.backward()
+        optimizer.step()
     return counter.get_total_flops()
-
-
-def count_pflop(train_loader, hyp, views):
-    """PFLOP (1e15 operations) of one run, training and so many views of test images.
-
-    Convolutions count by their definition; by `winograd_conv`, a CPU needs fewer operations.
-    """
-    num_classes = len(train_loader.classes)
-    total_steps = sum(steps for _, steps in plan_epochs(len(train_loader.images), hyp))
-    sizes = [image_size(step, total_steps, hyp['growth']) for step in range(total_steps)]
-    _, of_view = flop_per_image(hyp, num_classes)
-    flop = views * of_view
-    for size in set(sizes):
-        flop += sizes.count(size) * flop_per_step(hyp, num_classes, size)
-    return 1e-15 * flop
 
 
 def serve_hardest(loader, losses, n):
@@ -757,6 +734,34 @@ def serve_hardest(loader, losses, n):
     order = order[is_hard[order].argsort(descending=True, stable=True)[:n]]
     loader.draws['order'] = order
     return order
+
+
+#### Training ######################################################################################
+
+
+def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=compute_loss):
+    """One step of SGD. Returns what compute_loss does; the outputs live until the next step."""
+    loss, outputs = compute_loss(net, inputs, labels, label_smoothing)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    # A clone, as the next call of a CUDA graph overwrites the original.
+    return loss.detach().clone(), outputs
+
+
+def count_pflop(train_loader, hyp, views):
+    """PFLOP (1e15 operations) of one run, training and so many views of test images.
+
+    Convolutions count by their definition; by `winograd_conv`, a CPU needs fewer operations.
+    """
+    num_classes = len(train_loader.classes)
+    total_steps = sum(steps for _, steps in plan_epochs(len(train_loader.images), hyp))
+    sizes = [image_size(step, total_steps, hyp['growth']) for step in range(total_steps)]
+    _, of_view = flop_per_image(hyp, num_classes)
+    flop = views * of_view
+    for size in set(sizes):
+        flop += sizes.count(size) * flop_per_step(hyp, num_classes, size)
+    return 1e-15 * flop
 
 
 def train(

@@ -11,7 +11,6 @@ have none, and are only counted.
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-
-class UserError(ValueError):
-    """A mistake that the user can mend, told in one line."""
+from studies.common import UserError, new_figure, save_figure
 
 
 @dataclass
@@ -189,15 +186,7 @@ def print_comparison(first, second):
 
 def draw(logs, file):
     """Write a histogram of the accuracies of each log's finished runs. Raises UserError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError('--plot needs matplotlib: pip install matplotlib') from error
-    height = 4 + 0.25 * len(logs)  # inches; the legend has a line for each log
-    figure = Figure(figsize=(8, height), layout='constrained')
-    kind = file.suffix.lower().removeprefix('.')
-    if kind not in figure.canvas.get_supported_filetypes():
-        raise UserError(f'--plot {file}: matplotlib cannot write that; end it in .png or .svg')
+    figure = new_figure(8, 4 + 0.25 * len(logs))  # the legend has a line for each log
     logs = [log for log in logs if len(log.accuracies) > 0]
     if not logs:
         raise UserError(f'--plot {file}: no run finished, so there is nothing to draw')
@@ -216,17 +205,7 @@ def draw(logs, file):
     axes.set_xlabel('accuracy with TTA, in % (solid line: mean of the runs)')
     axes.set_ylabel("share of a log's runs")
     figure.legend(loc='outside upper left')
-
-    temporary = file.with_name(f'{file.name}.{os.getpid()}.tmp')
-    try:
-        figure.savefig(temporary, format=kind, dpi=150)
-        os.replace(temporary, file)
-    except (OSError, RuntimeError) as error:  # .pgf needs LaTeX, and says RuntimeError
-        raise UserError(f'--plot {file}: cannot be written, choose another: {error}') from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
-    print(f'\nplot in {file}')
+    save_figure(figure, file)
 
 
 def parse_args(argv):

@@ -1,6 +1,6 @@
 """The scripts repeat each other on purpose. What is meant to be the same in them is kept so here.
 
-    python tests/copies.py      # copies the original's shared sections over those of the others
+    python tests/copies.py      # copies the originals' shared sections over those of the others
 
 A section begins with its banner, `#### Name ####...`, and ends before the next one; what is above
 the first banner is the Header. test_copies.py fails when a shared section differs, and when a
@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ORIGINAL = 'airbench94.py'
+RECORD = 'records/94.py'  # an original too, of what is its own
 RECIPE = [
     'Header', 'Imports', 'Hyperparameters', 'Augmentation and loader', 'Network', 'Whitening',
     'Optimizer', 'Lookahead', 'Loss and evaluation',
@@ -21,17 +22,32 @@ TOOLING = [
     'Helpers', 'Fast path', 'Kernels', 'Data', 'Log', 'Saved networks', 'Command line', 'Main',
 ]  # fmt: skip
 AIRBENCH = [*RECIPE, 'Training', *TOOLING]
-LOCAL = {'Header', 'Hyperparameters'}
+BY_MUON = [name for name in RECIPE if name != 'Lookahead']
+IN_RECORD = [*BY_MUON, 'Doubtful images', 'Growth and selection', 'Training', *TOOLING]
 SWAP = ['Teams', 'Training', 'Checkpoints', 'Averaging', 'SWAP']
-OF_RECORD = ['Doubtful images', 'Training']
-RECORD = [*(name for name in RECIPE if name != 'Lookahead'), *OF_RECORD, *TOOLING]
-# Of each copy: its sections in order, and which of them are its own.
+IN_SWAP = [*BY_MUON, 'Growth and selection', *SWAP, *TOOLING]
+OWN = {'Header', 'Hyperparameters'}
+OF_RECORD = {'Network', 'Optimizer', 'Growth and selection'}
+
+
+def origins(order, own, of_record=()):
+    """{section: the script that it is copied from, or None for the copy's own}, in order."""
+    return {
+        name: None if name in own else RECORD if name in of_record else ORIGINAL for name in order
+    }
+
+
 COPIES = {
-    'airbench95.py': (AIRBENCH, LOCAL),
-    'airbench96.py': (AIRBENCH, LOCAL),
-    'swap94.py': ([*RECIPE, *SWAP, *TOOLING], LOCAL | {'Imports', 'Main', *SWAP}),
-    'records/94.py': (RECORD, LOCAL | {'Network', 'Optimizer', *OF_RECORD, 'Kernels'}),
+    'airbench95.py': origins(AIRBENCH, OWN),
+    'airbench96.py': origins(AIRBENCH, OWN),
+    RECORD: origins(IN_RECORD, OWN | OF_RECORD | {'Doubtful images', 'Training', 'Kernels'}),
+    'swap94.py': origins(IN_SWAP, OWN | {'Imports', 'Kernels', 'Main', *SWAP}, OF_RECORD),
 }
+
+
+def originals():
+    """{name: sections} of the scripts that others copy from."""
+    return {name: sections((ROOT / name).read_text()) for name in (ORIGINAL, RECORD)}
 
 
 def sections(source):
@@ -40,36 +56,34 @@ def sections(source):
     return {'Header': header} | {re.match(r'#### (.*?) #*\n', text)[1]: text for text in rest}
 
 
-def faults(original, copy, order, local):
-    """What is wrong with a copy, as a list of lines; original and copy are sources."""
-    original, copy = sections(original), sections(copy)
-    lines = [f'{name} is declared neither shared nor local' for name in copy if name not in order]
-    lines += [f'{name} is missing' for name in order if name not in copy]
-    lines += [
-        f'{name} differs from {ORIGINAL}'
-        for name in order
-        if name in copy and name not in local and copy[name] != original[name]
-    ]
-    if not lines and list(copy) != order:
+def faults(source, declared, originals):
+    """What is wrong with a copy, as a list of lines. declared: as `origins` makes it."""
+    copy = sections(source)
+    lines = [f'{name} is declared neither shared nor own' for name in copy if name not in declared]
+    lines += [f'{name} is missing' for name in declared if name not in copy]
+    for name, origin in declared.items():
+        if origin and name in copy and copy[name] != originals[origin][name]:
+            lines.append(f'{name} differs from {origin}')
+    if not lines and list(copy) != list(declared):
         lines.append('the order of the sections is another')
     return lines
 
 
-def repaired(original, copy, order, local):
-    """The copy's source, with all sections but its local ones taken from the original."""
-    original, copy = sections(original), sections(copy)
-    return ''.join((copy if name in local else original)[name] for name in order)
+def repaired(source, declared, originals):
+    """The copy's source, with all sections but its own taken from where they are declared."""
+    copy = sections(source)
+    parts = [originals[origin][name] if origin else copy[name] for name, origin in declared.items()]
+    return ''.join(parts)
 
 
 def main():
     argparse.ArgumentParser(
-        description=f"Copy {ORIGINAL}'s shared sections over the other scripts'."
+        description="Copy the originals' shared sections over the other scripts'."
     ).parse_args()
-    original = (ROOT / ORIGINAL).read_text()
-    for name, rules in COPIES.items():
+    for name, declared in COPIES.items():  # the record before those that copy from it
         copy = (ROOT / name).read_text()
-        print(f'{name}:', '; '.join(faults(original, copy, *rules)) or 'was up to date')
-        (ROOT / name).write_text(repaired(original, copy, *rules))
+        print(f'{name}:', '; '.join(faults(copy, declared, originals())) or 'was up to date')
+        (ROOT / name).write_text(repaired(copy, declared, originals()))
 
 
 if __name__ == '__main__':

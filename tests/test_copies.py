@@ -3,7 +3,18 @@
 from importlib import import_module
 
 import pytest
-from copies import AIRBENCH, COPIES, LOCAL, ORIGINAL, ROOT, faults, repaired, sections
+from copies import (
+    AIRBENCH,
+    COPIES,
+    ORIGINAL,
+    OWN,
+    RECORD,
+    ROOT,
+    faults,
+    originals,
+    repaired,
+    sections,
+)
 
 import airbench94
 
@@ -14,13 +25,20 @@ def test_every_script_is_the_original_or_a_declared_copy():
     scripts = [*ROOT.glob('*.py'), *ROOT.glob('records/*.py')]
     names = {str(path.relative_to(ROOT)) for path in scripts}
     assert names == {ORIGINAL, *COPIES}
-    assert list(sections(SOURCE)) == AIRBENCH and LOCAL < {*AIRBENCH}
+    assert list(sections(SOURCE)) == AIRBENCH and OWN < {*AIRBENCH}
     assert ''.join(sections(SOURCE).values()) == SOURCE
+
+
+def test_what_is_copied_from_the_record_is_its_own():
+    for declared in COPIES.values():
+        copied = [name for name, origin in declared.items() if origin == RECORD]
+        assert all(COPIES[RECORD][name] is None for name in copied)
+    assert RECORD in COPIES['swap94.py'].values()
 
 
 @pytest.mark.parametrize('name', COPIES)
 def test_no_copy_has_drifted(name):
-    found = faults(SOURCE, (ROOT / name).read_text(), *COPIES[name])
+    found = faults((ROOT / name).read_text(), COPIES[name], originals())
     assert found == [], 'repair: python tests/copies.py'
 
 
@@ -58,10 +76,10 @@ def whitening_last(source):
     [
         (other_crop, f'Loss and evaluation differs from {ORIGINAL}'),
         (other_help, f'Command line differs from {ORIGINAL}'),
-        (renamed_section, 'Mean is declared neither shared nor local'),
+        (renamed_section, 'Mean is declared neither shared nor own'),
         (without_whitening, 'Whitening is missing'),
         (without_hyp, 'Hyperparameters is missing'),
-        (with_extras, 'Extras is declared neither shared nor local'),
+        (with_extras, 'Extras is declared neither shared nor own'),
         (whitening_last, 'the order of the sections is another'),
     ],
 )
@@ -69,18 +87,27 @@ def test_a_drift_is_noticed_and_repaired(name, change, fault):
     copy = (ROOT / name).read_text()
     drifted = change(copy)
     assert drifted != copy
-    assert fault in faults(SOURCE, drifted, *COPIES[name])
-    if 'Hyperparameters' in sections(drifted):  # what is local has no other source
-        is_repaired = repaired(SOURCE, drifted, *COPIES[name]) == copy
+    assert fault in faults(drifted, COPIES[name], originals())
+    if 'Hyperparameters' in sections(drifted):  # what is a copy's own has no other source
+        is_repaired = repaired(drifted, COPIES[name], originals()) == copy
         assert is_repaired
 
 
-def test_what_is_local_stays():
+def test_a_drift_from_the_record_is_noticed_and_repaired():
+    copy = (ROOT / 'swap94.py').read_text()
+    drifted = copy.replace('class Muon(', 'class Muons(')
+    declared = COPIES['swap94.py']
+    assert faults(drifted, declared, originals()) == [f'Optimizer differs from {RECORD}']
+    is_repaired = repaired(drifted, declared, originals()) == copy
+    assert is_repaired
+
+
+def test_what_is_a_copys_own_stays():
     changed = (ROOT / 'airbench95.py').read_text().replace("'lr': 10.0,", "'lr': 9.5,")
     assert "'lr': 9.5," in changed
-    stays = repaired(SOURCE, changed, *COPIES['airbench95.py']) == changed
+    stays = repaired(changed, COPIES['airbench95.py'], originals()) == changed
     assert stays
-    assert faults(SOURCE, changed, *COPIES['airbench95.py']) == []
+    assert faults(changed, COPIES['airbench95.py'], originals()) == []
 
 
 # What the published scripts set otherwise than airbench94.

@@ -1,0 +1,213 @@
+"""Seconds of a run of swap94 on 1 to 64 GPUs, by a model of steps and all-reduces.
+
+    python -m studies.swap_cost                                # a table for each of three links
+    python -m studies.swap_cost --launch 2 --plot seconds.png  # steps of 2 ms at least; a picture
+
+**Nothing here is measured on several GPUs.** It is what follows from counted operations, bytes and
+all-reduces, and from these assumptions:
+
+- A step takes as long as its operations at the GPU's rate, and as its launches at least. The rate
+  is that of airbench94 as published: 0.36 PFLOP in 3.29 A100-seconds (Jordan 2024). The launches'
+  time is measured: 5.14 seconds for the 600 steps of records/94.py, on an H200, not compiled.
+- An all-reduce of n bytes by p GPUs takes 2 log2(p) latencies, and 2 (p - 1) / p n bytes of each
+  GPU's bandwidth: Rabenseifner's algorithm (Thakur, Rabenseifner and Gropp 2005, section 4.4).
+  Nothing overlaps with it.
+- A link's bandwidth is what its vendor or its name says, of one direction: 300 GB/s for an A100's
+  NVLink, 12.5 and 1.25 GB/s for 100 and 10 Gbit/s of Ethernet. The latencies, 10 and 50
+  microseconds, are assumed.
+- The methods are swap94.py's, with its defaults. They differ in accuracy, as logs/README.md says:
+  large-batch makes the steps of SWAP's phase 1 alone. "small/swap" is the ratio of the seconds of
+  small-batch and SWAP, which is the faster one where the ratio is above 1.
+- Batches are dealt out to all GPUs, those of phase 2 to the GPUs of a worker. Fewer GPUs than
+  workers train these in turn. Validation is left out, as on the scripts' clock.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import swap94
+from studies.common import UserError, new_figure, save_figure
+
+GPUS = [1, 2, 4, 8, 16, 32, 64]
+TRAINING_IMAGES, TESTS, CLASSES = 50_000, 10_000, 10
+
+
+@dataclass
+class Link:
+    name: str
+    bandwidth: float  # bytes a second, of a GPU in one direction
+    latency: float  # seconds
+
+    def all_reduce(self, gpus, size):
+        """Seconds of an all-reduce of `size` bytes."""
+        if gpus == 1:
+            return 0.0
+        return 2 * math.log2(gpus) * self.latency + 2 * (gpus - 1) / gpus * size / self.bandwidth
+
+
+LINKS = [
+    Link('NVLink, 300 GB/s', 300e9, 10e-6),
+    Link('Ethernet, 100 Gbit/s', 12.5e9, 50e-6),
+    Link('Ethernet, 10 Gbit/s', 1.25e9, 50e-6),
+]
+
+
+@dataclass
+class Gpu:
+    rate: float  # operations a second
+    launch: float  # seconds that a step takes at least
+
+
+@dataclass
+class Part:
+    """A part of a run, in which so many GPUs make steps together."""
+
+    flops: list  # of each step, on one of them
+    gpus: int
+    turns: int = 1  # how often it is made, one after another
+
+
+@cache
+def hyp_of(method):
+    return swap94.override(swap94.hyp, swap94.METHODS[method])
+
+
+@cache
+def gradient_bytes():
+    """What a rank gives to a step's all-reduce: the trained numbers in fp32."""
+    net = swap94.make_net(swap94.hyp, CLASSES, device='meta', dtype=torch.float32)
+    return 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
+def steps_of(hyp, phase, gpus):
+    """The operations of each step of a phase on one of the GPUs that share it."""
+    settings = swap94.phase_settings(hyp, phase)
+    plan = swap94.plan_epochs(TRAINING_IMAGES, settings)
+    steps = sum(count for _, count in plan)
+    return swap94.flop_of_steps(settings, TRAINING_IMAGES, CLASSES, steps, gpus)
+
+
+def evaluation_flop(hyp):
+    """Operations of BatchNorm's statistics and of the test images' views."""
+    views = swap94.TTA_VIEWS[hyp['net']['tta_level']]
+    _, of_view = swap94.flop_per_image(hyp, CLASSES)
+    return (hyp['statistics']['images'] + TESTS * views) * of_view
+
+
+@cache
+def parts_of(method, gpus):
+    """The parts of a run of swap94.py --method `method` with its defaults."""
+    hyp = hyp_of(method)
+    parts = [Part(steps_of(hyp, 'phase1', gpus), gpus)]
+    if method == 'swap':
+        workers = hyp['phase2']['workers']
+        of_worker = max(1, gpus // workers)
+        turns = math.ceil(workers / gpus)
+        parts.append(Part(steps_of(hyp, 'phase2', of_worker), of_worker, turns))
+        parts.append(Part([0.0], gpus))  # the average
+    return parts
+
+
+def part_seconds(part, gpu, link):
+    seconds = sum(max(gpu.launch, flop / gpu.rate) for flop in part.flops)
+    seconds += len(part.flops) * link.all_reduce(part.gpus, gradient_bytes())
+    return part.turns * seconds
+
+
+def run_seconds(method, gpus, gpu, link):
+    """Seconds of a run of swap94.py --method `method` with its defaults."""
+    seconds = sum(part_seconds(part, gpu, link) for part in parts_of(method, gpus))
+    return seconds + evaluation_flop(hyp_of(method)) / gpus / gpu.rate
+
+
+def print_table(link, seconds):
+    print(f'\n{link.name}, {1e6 * link.latency:.0f} us: seconds of a run, modelled')
+    print('method       ' + ''.join(f'{gpus:9} GPU{"s" if gpus > 1 else " "}' for gpus in GPUS))
+    for method, values in seconds.items():
+        print(f'{method:13}' + ''.join(f'{value:13.2f}' for value in values))
+    # Not of large-batch, which takes less than both and gives less.
+    ratio = np.array(seconds['small-batch']) / seconds['swap']
+    print(f'{"small/swap":13}' + ''.join(f'{value:13.2f}' for value in ratio))
+
+
+def draw(results, file):
+    """Write a picture with a panel for each link. results: [(link, {method: seconds})]."""
+    figure = new_figure(11, 4)
+    panels = figure.subplots(1, len(results), sharey=True)
+    for axes, (link, seconds) in zip(panels, results):
+        for (method, values), marker in zip(seconds.items(), 'osD'):
+            axes.plot(GPUS, values, marker=marker, label=method)
+        axes.set_xscale('log', base=2)
+        axes.set_yscale('log')
+        axes.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
+        axes.yaxis.set_major_formatter('{x:g}')
+        axes.yaxis.set_minor_formatter('{x:g}')
+        axes.set_title(link.name)
+        axes.set_xlabel('GPUs')
+        axes.grid(alpha=0.3, which='both')
+    panels[0].set_ylabel('seconds of a run, modelled')
+    panels[0].legend()
+    save_figure(figure, file)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser('python -m studies.swap_cost', description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+    def error(message):
+        raise UserError(f'{message}; see --help')
+
+    parser.error = error
+    add = parser.add_argument
+    add('--rate', type=float, default=109.0, help='TFLOP/s of a GPU (default: %(default)s)')
+    add('--launch', type=float, default=8.5, help='ms of a step at least (default: %(default)s)')
+    add('--latency', type=float, help='us of every link, in place of its own')
+    add('--bandwidth', type=float, help='GB/s of one link, in place of the three')
+    add('--plot', metavar='FILE', help='draw the tables: .png, .svg or .pdf')
+    args = parser.parse_args(argv)
+    for name in ('rate', 'launch', 'latency', 'bandwidth'):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f'--{name} {value:g}: must be above 0')
+    return args
+
+
+def chosen_links(args):
+    links = LINKS
+    if args.bandwidth is not None:
+        links = [Link(f'{args.bandwidth:g} GB/s', 1e9 * args.bandwidth, 50e-6)]
+    if args.latency is not None:
+        links = [Link(link.name, link.bandwidth, 1e-6 * args.latency) for link in links]
+    return links
+
+
+def main(argv=None):
+    try:
+        args = parse_args(argv)
+        gpu = Gpu(1e12 * args.rate, 1e-3 * args.launch)
+        results = []
+        for link in chosen_links(args):
+            seconds = {
+                method: [run_seconds(method, gpus, gpu, link) for gpus in GPUS]
+                for method in swap94.METHODS
+            }
+            results.append((link, seconds))
+            print_table(link, seconds)
+        if args.plot is not None:
+            draw(results, Path(args.plot))
+    except (UserError, OSError) as error:
+        message = ' '.join(str(error).split())
+        print(f'swap_cost.py: {message}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
