@@ -472,7 +472,7 @@ def test_the_average_is_that_of_the_kernel(fit):
 
 
 def diverging(monkeypatch, seeds):
-    """Let the models with these seeds learn at an infinite rate. Returns the last models, by seed."""
+    """Let the models with these seeds learn at an infinite rate. Returns the last, by seed."""
     models = {}
     train_epoch = swap94.train_epoch
 
