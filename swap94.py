@@ -738,6 +738,12 @@ def plan_epochs(n, hyp):
     return plan
 
 
+def image_sizes(n, hyp):
+    """A list with `image_size` of each step of a training on n images."""
+    total_steps = sum(steps for _, steps in plan_epochs(n, hyp))
+    return [image_size(step, total_steps, hyp['growth']) for step in range(total_steps)]
+
+
 def flop_per_step(hyp, num_classes, size):
     """Floating-point operations of a step on images of `size` pixels, as torch's counter counts."""
     batch_size = hyp['opt']['batch_size']
@@ -1232,18 +1238,30 @@ def phase_settings(hyp, phase):
     return hyp | groups | {'opt': hyp['opt'] | own}
 
 
-def flop_of_steps(settings, images, num_classes, steps, ranks=1):
-    """A list with the operations of each of a phase's first `steps`, on one of the ranks.
+def flop_of_steps(settings, images, num_classes, ranks=1):
+    """A list with the operations of each step of a phase, on one of the ranks.
 
     images: how many the training set has. Every rank has its part of a batch, and makes the whole
     step of the optimizer.
     """
-    total_steps = sum(count for _, count in plan_epochs(images, settings))
-    sizes = [image_size(step, total_steps, settings['growth']) for step in range(steps)]
+    sizes = image_sizes(images, settings)
     part = settings['opt'] | {'batch_size': settings['opt']['batch_size'] // ranks}
     of_part = settings | {'opt': part}
     of_sizes = {size: flop_per_step(of_part, num_classes, size) for size in set(sizes)}
     return [of_sizes[size] for size in sizes]
+
+
+def evaluated_images(hyp, images, tests, ranks=1):
+    """How many images phase 3 evaluates, views counted, on the rank that has most of them.
+
+    images, tests: how many the training and the test set have.
+    """
+    statistics = hyp['statistics']
+    images = min(statistics['images'], images)
+    size = min(statistics['batch_size'], images)
+    batches = math.ceil(images // size / ranks)
+    views = TTA_VIEWS[hyp['net']['tta_level']]
+    return batches * size + math.ceil(tests / ranks) * views
 
 
 def cost(seconds, flop, flop_of_all, sums=0, sent=0):
@@ -1278,11 +1296,11 @@ class Run:
     functions: dict
     phases: dict = field(default_factory=dict)
 
-    def flop(self, phase, steps, ranks=1):
-        """Operations of a phase's steps on each of so many ranks that share them."""
+    def flop_of_steps(self, phase, ranks=1):
+        """The operations of each step of a phase on each of so many ranks that share it."""
         settings = phase_settings(self.hyp, phase)
         images, classes = len(self.train_loader.images), len(self.train_loader.classes)
-        return sum(flop_of_steps(settings, images, classes, steps, ranks))
+        return flop_of_steps(settings, images, classes, ranks)
 
     def measure(self, tta_level, team):
         """Accuracy in [0, 1] of the network as it is."""
@@ -1322,7 +1340,7 @@ class Run:
         model = new_model(self.hyp, self.train_loader, self.seed, self.everyone)
         model = self.fit('joint', 'phase1', model, self.seed, self.everyone)
         ranks = self.hyp['phase1']['shards']
-        flops = [self.flop('phase1', model['step'], of) for of in (ranks, 1)]
+        flops = [sum(self.flop_of_steps('phase1', of)[: model['step']]) for of in (ranks, 1)]
         self.phases['phase1'] = cost(model['seconds'], *flops, *self.sent(model, ranks))
         return model
 
@@ -1350,11 +1368,11 @@ class Run:
 
         seconds = [sum(worker['seconds'] for worker in of_rank.values()) for of_rank in of_ranks]
         steps = [worker['step'] for worker in about]
-        flop_of = {count: self.flop('phase2', count) for count in set(steps)}
-        flop_of_all = sum(flop_of[count] for count in steps)
+        flops = self.flop_of_steps('phase2')
+        flop_of_all = sum(sum(flops[:count]) for count in steps)
         ranks = self.hyp['phase2']['ranks_per_worker']
-        flop = self.flop('phase2', max(steps), ranks)
-        longest = max(about, key=lambda worker: worker['step'])
+        flop = sum(self.flop_of_steps('phase2', ranks)[: max(steps)])
+        longest = about[steps.index(max(steps))]
         sums, sent = self.sent(longest, ranks)
         self.phases['phase2'] = cost(max(seconds), flop, flop_of_all, sums, sent)
         return [model for model in models.values() if not model['failed']], about
@@ -1372,22 +1390,18 @@ class Run:
                 return None
         accuracy = self.measure(self.hyp['net']['tta_level'], self.everyone)
         seconds = clock(self.train_loader.device) - start
-        flops = [self.evaluation_flop(ranks) for ranks in (self.hyp['phase1']['shards'], 1)]
+        flops = self.evaluation_flops()
         sums = self.everyone.sums - sums
         sent = self.everyone.bytes - sent
         self.phases['phase3'] = cost(seconds, *flops, sums, sent)
         return accuracy
 
-    def evaluation_flop(self, ranks):
-        """Operations of phase 3 on the rank that has most of it."""
-        statistics = self.hyp['statistics']
-        images = min(statistics['images'], len(self.train_loader.images))
-        size = min(statistics['batch_size'], images)
-        batches = math.ceil(images // size / ranks)
-        tests = math.ceil(len(self.test_loader.images) / ranks)
-        views = TTA_VIEWS[self.hyp['net']['tta_level']]
+    def evaluation_flops(self):
+        """Operations of phase 3: (on the longest of as many ranks as there are shards, of all)."""
         _, of_view = flop_per_image(self.hyp, len(self.train_loader.classes))
-        return (batches * size + tests * views) * of_view
+        images, tests = len(self.train_loader.images), len(self.test_loader.images)
+        ranks = self.hyp['phase1']['shards']
+        return [evaluated_images(self.hyp, images, tests, of) * of_view for of in (ranks, 1)]
 
     def average_curve(self, workers):
         """The average's accuracy after each epoch of phase 2 (Figure 1): a list of rows."""

@@ -705,6 +705,12 @@ def plan_epochs(n, hyp):
     return plan
 
 
+def image_sizes(n, hyp):
+    """A list with `image_size` of each step of a training on n images."""
+    total_steps = sum(steps for _, steps in plan_epochs(n, hyp))
+    return [image_size(step, total_steps, hyp['growth']) for step in range(total_steps)]
+
+
 def flop_per_step(hyp, num_classes, size):
     """Floating-point operations of a step on images of `size` pixels, as torch's counter counts."""
     batch_size = hyp['opt']['batch_size']
@@ -755,8 +761,7 @@ def count_pflop(train_loader, hyp, views):
     Convolutions count by their definition; by `winograd_conv`, a CPU needs fewer operations.
     """
     num_classes = len(train_loader.classes)
-    total_steps = sum(steps for _, steps in plan_epochs(len(train_loader.images), hyp))
-    sizes = [image_size(step, total_steps, hyp['growth']) for step in range(total_steps)]
+    sizes = image_sizes(len(train_loader.images), hyp)
     _, of_view = flop_per_image(hyp, num_classes)
     flop = views * of_view
     for size in set(sizes):

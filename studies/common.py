@@ -1,10 +1,34 @@
-"""What the studies share: the user's mistakes, and pictures."""
+"""What the studies share: their calls, the user's mistakes, and pictures."""
 
+import argparse
 import os
+import sys
 
 
 class UserError(ValueError):
     """A mistake that the user can mend, told in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows a study's docstring as it is, and raises UserError for a wrong call."""
+
+    def __init__(self, prog, description):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=formatter)
+
+    def error(self, message):
+        raise UserError(f'{message}; see --help')
+
+
+def exit_code(name, study, argv):
+    """Call study(argv). Returns 0, or 2 after a mistake, which is told in one line."""
+    try:
+        study(argv)
+    except (UserError, OSError) as error:
+        message = ' '.join(str(error).split())
+        print(f'{name}: {message}', file=sys.stderr)
+        return 2
+    return 0
 
 
 def new_figure(width, height):

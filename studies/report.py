@@ -9,7 +9,6 @@ computed anew from the log's runs. Accuracies are those with test-time augmentat
 have none, and are only counted.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from studies.common import UserError, new_figure, save_figure
+from studies.common import Parser, UserError, exit_code, new_figure, save_figure
 
 
 @dataclass
@@ -210,32 +209,24 @@ def draw(logs, file):
 
 def parse_args(argv):
     """The call's arguments. Raises UserError for a wrong call."""
-    parser = argparse.ArgumentParser('python -m studies.report', description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-
-    def error(message):
-        raise UserError(f'{message}; see --help')
-
-    parser.error = error
+    parser = Parser('python -m studies.report', __doc__)
     parser.add_argument('logs', nargs='+', metavar='LOG', help='a log.json, or the folder of a log')
     parser.add_argument('--plot', metavar='FILE', help='draw a histogram: .png, .svg or .pdf')
     return parser.parse_args(argv)
 
 
+def report(argv):
+    args = parse_args(argv)
+    logs = [read_log(Path(path)) for path in args.logs]
+    print_table(logs)
+    if len(logs) == 2:
+        print_comparison(*logs)
+    if args.plot is not None:
+        draw(logs, Path(args.plot))
+
+
 def main(argv=None):
-    try:
-        args = parse_args(argv)
-        logs = [read_log(Path(path)) for path in args.logs]
-        print_table(logs)
-        if len(logs) == 2:
-            print_comparison(*logs)
-        if args.plot is not None:
-            draw(logs, Path(args.plot))
-    except (UserError, OSError) as error:
-        message = ' '.join(str(error).split())
-        print(f'report.py: {message}', file=sys.stderr)
-        return 2
-    return 0
+    return exit_code('report.py', report, argv)
 
 
 if __name__ == '__main__':

@@ -22,7 +22,6 @@ all-reduces, and from these assumptions:
   workers train these in turn. Validation is left out, as on the scripts' clock.
 """
 
-import argparse
 import math
 import sys
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 
 import swap94
-from studies.common import UserError, new_figure, save_figure
+from studies.common import Parser, UserError, exit_code, new_figure, save_figure
 
 GPUS = [1, 2, 4, 8, 16, 32, 64]
 TRAINING_IMAGES, TESTS, CLASSES = 50_000, 10_000, 10
@@ -89,16 +88,15 @@ def gradient_bytes():
 def steps_of(hyp, phase, gpus):
     """The operations of each step of a phase on one of the GPUs that share it."""
     settings = swap94.phase_settings(hyp, phase)
-    plan = swap94.plan_epochs(TRAINING_IMAGES, settings)
-    steps = sum(count for _, count in plan)
-    return swap94.flop_of_steps(settings, TRAINING_IMAGES, CLASSES, steps, gpus)
+    return swap94.flop_of_steps(settings, TRAINING_IMAGES, CLASSES, gpus)
 
 
-def evaluation_flop(hyp):
-    """Operations of BatchNorm's statistics and of the test images' views."""
-    views = swap94.TTA_VIEWS[hyp['net']['tta_level']]
+@cache
+def evaluation_flop(method):
+    """Operations of the images that a run evaluates, on all GPUs together."""
+    hyp = hyp_of(method)
     _, of_view = swap94.flop_per_image(hyp, CLASSES)
-    return (hyp['statistics']['images'] + TESTS * views) * of_view
+    return swap94.evaluated_images(hyp, TRAINING_IMAGES, TESTS) * of_view
 
 
 @cache
@@ -124,7 +122,7 @@ def part_seconds(part, gpu, link):
 def run_seconds(method, gpus, gpu, link):
     """Seconds of a run of swap94.py --method `method` with its defaults."""
     seconds = sum(part_seconds(part, gpu, link) for part in parts_of(method, gpus))
-    return seconds + evaluation_flop(hyp_of(method)) / gpus / gpu.rate
+    return seconds + evaluation_flop(method) / gpus / gpu.rate
 
 
 def print_table(link, seconds):
@@ -158,13 +156,7 @@ def draw(results, file):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser('python -m studies.swap_cost', description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-
-    def error(message):
-        raise UserError(f'{message}; see --help')
-
-    parser.error = error
+    parser = Parser('python -m studies.swap_cost', __doc__)
     add = parser.add_argument
     add('--rate', type=float, default=109.0, help='TFLOP/s of a GPU (default: %(default)s)')
     add('--launch', type=float, default=8.5, help='ms of a step at least (default: %(default)s)')
@@ -188,25 +180,23 @@ def chosen_links(args):
     return links
 
 
+def show_costs(argv):
+    args = parse_args(argv)
+    gpu = Gpu(1e12 * args.rate, 1e-3 * args.launch)
+    results = []
+    for link in chosen_links(args):
+        seconds = {
+            method: [run_seconds(method, gpus, gpu, link) for gpus in GPUS]
+            for method in swap94.METHODS
+        }
+        results.append((link, seconds))
+        print_table(link, seconds)
+    if args.plot is not None:
+        draw(results, Path(args.plot))
+
+
 def main(argv=None):
-    try:
-        args = parse_args(argv)
-        gpu = Gpu(1e12 * args.rate, 1e-3 * args.launch)
-        results = []
-        for link in chosen_links(args):
-            seconds = {
-                method: [run_seconds(method, gpus, gpu, link) for gpus in GPUS]
-                for method in swap94.METHODS
-            }
-            results.append((link, seconds))
-            print_table(link, seconds)
-        if args.plot is not None:
-            draw(results, Path(args.plot))
-    except (UserError, OSError) as error:
-        message = ' '.join(str(error).split())
-        print(f'swap_cost.py: {message}', file=sys.stderr)
-        return 2
-    return 0
+    return exit_code('swap_cost.py', show_costs, argv)
 
 
 if __name__ == '__main__':

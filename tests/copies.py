@@ -32,9 +32,10 @@ OF_RECORD = {'Network', 'Optimizer', 'Growth and selection'}
 
 def origins(order, own, of_record=()):
     """{section: the script that it is copied from, or None for the copy's own}, in order."""
-    return {
-        name: None if name in own else RECORD if name in of_record else ORIGINAL for name in order
-    }
+    found = dict.fromkeys(order, ORIGINAL)
+    found |= dict.fromkeys(of_record, RECORD)
+    found |= dict.fromkeys(own)
+    return found
 
 
 COPIES = {
@@ -82,8 +83,9 @@ def main():
     ).parse_args()
     for name, declared in COPIES.items():  # the record before those that copy from it
         copy = (ROOT / name).read_text()
-        print(f'{name}:', '; '.join(faults(copy, declared, originals())) or 'was up to date')
-        (ROOT / name).write_text(repaired(copy, declared, originals()))
+        sources = originals()
+        print(f'{name}:', '; '.join(faults(copy, declared, sources)) or 'was up to date')
+        (ROOT / name).write_text(repaired(copy, declared, sources))
 
 
 if __name__ == '__main__':

@@ -28,8 +28,7 @@ def test_a_step_takes_its_operations_and_its_launches_at_least():
 
 def test_a_free_link_and_free_launches_leave_the_operations():
     settings = swap94.phase_settings(swap94.hyp, 'phase1')
-    steps = sum(count for _, count in swap94.plan_epochs(50_000, settings))
-    flops = swap94.flop_of_steps(settings, 50_000, 10, steps, 8)
+    flops = swap94.flop_of_steps(settings, 50_000, 10, 8)
     assert swap_cost.parts_of('swap', 8)[0].flops == flops
     assert len(swap_cost.parts_of('large-batch', 8)) == 1
 
