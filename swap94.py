@@ -65,25 +65,25 @@ hyp = {
         'label_smoothing': 0.2,     # share of the target that is spread over all classes
     },
     'phase1': {                     # all ranks train one model
-        'train_epochs': 8.5,        # passes over the images that are served, at most
+        'train_epochs': 8.6,        # passes over the images that are served, at most
         'tau': 1.0,                 # training accuracy of an epoch that ends the phase; 1: none
-        'batch_size': 3000,         # images, on all ranks together
+        'batch_size': 3120,         # images, on all ranks together
         'shards': 8,                # parts of a batch, each normalized by its own mean and variance
-        'lr': 0.24,                 # of the filters, whose norm is sqrt(outputs)
-        'lr_biases': 0.0127,        # of BatchNorm's biases and the whitening bias, an image
-        'lr_head': 0.2,             # of the last layer, an image
+        'lr': 0.27,                 # of the filters, whose norm is sqrt(outputs)
+        'lr_biases': 0.02,          # of BatchNorm's biases and the whitening bias, an image
+        'lr_head': 0.3,             # of the last layer, an image
         'schedule': {               # learning rate, as a share of lr; linear in between
             'start': 1.0,
             'peak_at': 0.0,
-            'end': 0.25,            # to where phase 2 goes on
+            'end': 0.3,             # to where phase 2 goes on
         },
         'average': {                # a moving one of the weights, which is the phase's result
             'every': 4,             # steps
             'decay': 0.0,           # share that it keeps of itself; 0: no average
         },
         'growth': {
-            'size': 16,             # height and width of the first steps' images, in pixels
-            'until': 0.45,          # share of the steps after which they are 32
+            'size': 20,             # height and width of the first steps' images, in pixels
+            'until': 0.4,           # share of the steps after which they are 32
         },
         'selection': {
             'from': 1.0,            # share of the epochs after which images are left out
@@ -93,7 +93,7 @@ hyp = {
     'phase2': {                     # from there, workers train a model each
         'workers': 8,               # models that are averaged
         'ranks_per_worker': 1,      # ranks that train a worker together, or all if there are fewer
-        'train_epochs': 1.6,        # of each worker
+        'train_epochs': 3.0,        # of each worker
         'tau': 1.0,
         'batch_size': 500,          # of a worker
         'shards': 1,
@@ -114,7 +114,7 @@ hyp = {
             'until': 0.0,
         },
         'selection': {
-            'from': 1.0,
+            'from': 0.0,
             'keep': 0.5,
         },
     },
@@ -144,14 +144,15 @@ hyp = {
 }
 
 # What --method sets. All but SWAP end with phase 1; small-batch is records/94.py.
-ANNEALED = ['phase1.schedule.end=0.02', 'phase1.average.decay=0.8']
 METHODS = {
     'swap': [],
     'small-batch': [
-        *ANNEALED, 'phase1.train_epochs=16.9', 'phase1.batch_size=1000', 'phase1.shards=1',
-        'phase1.lr_biases=0.038', 'phase1.lr_head=0.67', 'phase1.selection.from=0.4',
+        'phase1.train_epochs=16.9', 'phase1.batch_size=1000', 'phase1.shards=1', 'phase1.lr=0.24',
+        'phase1.lr_biases=0.038', 'phase1.lr_head=0.67', 'phase1.schedule.end=0.02',
+        'phase1.average.decay=0.8', 'phase1.growth.size=16', 'phase1.growth.until=0.45',
+        'phase1.selection.from=0.4',
     ],
-    'large-batch': ANNEALED,
+    'large-batch': ['phase1.schedule.end=0.02', 'phase1.average.decay=0.5'],
 }
 
 # What --data digits sets: small batches, and no mirrored digits.
@@ -760,6 +761,13 @@ def flop_per_step(hyp, num_classes, size):
     return counter.get_total_flops()
 
 
+def are_hardest(losses, n):
+    """Which losses, of (N,), are among the n largest: bool (N,)."""
+    is_hard = torch.zeros(len(losses), dtype=torch.bool, device=losses.device)
+    is_hard[losses.topk(n).indices] = True
+    return is_hard
+
+
 def serve_hardest(loader, losses, n):
     """Let the loader's next epoch serve only the n images of the largest losses, in its order.
 
@@ -767,8 +775,7 @@ def serve_hardest(loader, losses, n):
     """
     loader.send_draws()
     order = loader.draws['order']
-    is_hard = torch.zeros(len(losses), dtype=torch.bool, device=losses.device)
-    is_hard[losses.topk(n).indices] = True
+    is_hard = are_hardest(losses, n)
     # Those that are hard first, without waiting to learn how many they are.
     order = order[is_hard[order].argsort(descending=True, stable=True)[:n]]
     loader.draws['order'] = order
@@ -1159,6 +1166,24 @@ def average(workers, net, everyone, running_mean=running_mean):
     return count
 
 
+def served_last(n, hyp):
+    """How many of n training images the last epoch of a phase serves; hyp: of phase_settings."""
+    return plan_epochs(n, hyp)[-1][0]
+
+
+def with_served_last(loader, losses, hyp):
+    """A copy of the loader that has the images which a phase serves last, in the set's order.
+
+    losses: each image's, (N,). hyp: as phase_settings makes it. BatchNorm's statistics are of these
+    images: the network has learned with them, and those of the others differ.
+    """
+    is_served = are_hardest(losses, served_last(len(losses), hyp))
+    part = copy.copy(loader)
+    part.images = loader.images[is_served]
+    part.labels = loader.labels[is_served]
+    return part
+
+
 def recompute_statistics(net, loader, statistics, team):
     """Set BatchNorm's statistics as torch.optim.swa_utils.update_bn does, with the team's help.
 
@@ -1254,7 +1279,7 @@ def flop_of_steps(settings, images, num_classes, ranks=1):
 def evaluated_images(hyp, images, tests, ranks=1):
     """How many images phase 3 evaluates, views counted, on the rank that has most of them.
 
-    images, tests: how many the training and the test set have.
+    images: how many training images were served last. tests: how many test images there are.
     """
     statistics = hyp['statistics']
     images = min(statistics['images'], images)
@@ -1302,9 +1327,10 @@ class Run:
         images, classes = len(self.train_loader.images), len(self.train_loader.classes)
         return flop_of_steps(settings, images, classes, ranks)
 
-    def measure(self, tta_level, team):
-        """Accuracy in [0, 1] of the network as it is."""
-        loaders = self.train_loader, self.test_loader
+    def measure(self, phase, losses, tta_level, team):
+        """Accuracy in [0, 1] of the network as it is, with the statistics of a phase's images."""
+        settings = phase_settings(self.hyp, phase)
+        loaders = with_served_last(self.train_loader, losses, settings), self.test_loader
         return evaluate_jointly(self.net, *loaders, self.hyp, tta_level, team, self.forward)
 
     def fit(self, name, phase, model, seed, team):
@@ -1320,7 +1346,7 @@ class Run:
             model = train_epoch(model, self.net, loader, settings, **self.functions)
             row = {} if model['failed'] else model['epochs'][-1]
             if row and (self.curve or model['done']):
-                row['val_acc'] = self.measure(0, team)
+                row['val_acc'] = self.measure(phase, model['losses'], 0, team)
             if row and self.curve:
                 model['history'] = [*model['history'], model['weights']]
             if team.rank == 0 and self.on_row:
@@ -1377,40 +1403,44 @@ class Run:
         self.phases['phase2'] = cost(max(seconds), flop, flop_of_all, sums, sent)
         return [model for model in models.values() if not model['failed']], about
 
-    def phase3(self, joint, workers):
+    def phase3(self, last_phase, joint, workers):
         """Load the workers' average, or the joint model where there is no phase 2, and evaluate it.
 
-        Returns its accuracy with test-time augmentation, or None if there is nothing to average.
+        last_phase: that of the training. Returns the accuracy with test-time augmentation, or None
+        if there is nothing to average.
         """
         start = clock(self.train_loader.device)
         sums, sent = self.everyone.sums, self.everyone.bytes
         self.net.load_state_dict(joint['weights'])
-        if workers is not None:
+        if last_phase == 'phase2':
             if average(workers, self.net, self.everyone, self.running_mean) == 0:
                 return None
-        accuracy = self.measure(self.hyp['net']['tta_level'], self.everyone)
+        level = self.hyp['net']['tta_level']
+        accuracy = self.measure(last_phase, joint['losses'], level, self.everyone)
         seconds = clock(self.train_loader.device) - start
-        flops = self.evaluation_flops()
+        flops = self.evaluation_flops(last_phase)
         sums = self.everyone.sums - sums
         sent = self.everyone.bytes - sent
         self.phases['phase3'] = cost(seconds, *flops, sums, sent)
         return accuracy
 
-    def evaluation_flops(self):
+    def evaluation_flops(self, last_phase):
         """Operations of phase 3: (on the longest of as many ranks as there are shards, of all)."""
         _, of_view = flop_per_image(self.hyp, len(self.train_loader.classes))
-        images, tests = len(self.train_loader.images), len(self.test_loader.images)
+        images = served_last(len(self.train_loader.images), phase_settings(self.hyp, last_phase))
+        tests = len(self.test_loader.images)
         ranks = self.hyp['phase1']['shards']
         return [evaluated_images(self.hyp, images, tests, of) * of_view for of in (ranks, 1)]
 
-    def average_curve(self, workers):
+    def average_curve(self, joint, workers):
         """The average's accuracy after each epoch of phase 2 (Figure 1): a list of rows."""
         rows = []
         for epoch in range(math.ceil(self.hyp['phase2']['train_epochs'])):
             # A worker that has reached tau earlier stays as it was.
             weights = [worker['history'][: epoch + 1][-1] for worker in workers]
             if average(weights, self.net, self.everyone, self.running_mean) > 0:
-                rows.append({'epoch': epoch + 1, 'val_acc': self.measure(0, self.everyone)})
+                accuracy = self.measure('phase2', joint['losses'], 0, self.everyone)
+                rows.append({'epoch': epoch + 1, 'val_acc': accuracy})
         return rows
 
 
@@ -1474,15 +1504,16 @@ def train(
     record = {'seed': seed, 'val_acc': None, 'tta_val_acc': None, 'workers': [], 'curve': []}
     joint = run.phase1()
     record['joint'] = describe_model(joint)
+    last_phase = 'phase2' if method == 'swap' else 'phase1'
     workers = None
     failed = joint['failed']
-    if method == 'swap' and not failed:
+    if last_phase == 'phase2' and not failed:
         models, record['workers'] = run.phase2(joint)
         workers = [model['weights'] for model in models]
         if curve:
-            record['curve'] = run.average_curve(models)
+            record['curve'] = run.average_curve(joint, models)
     if not failed:
-        record['tta_val_acc'] = run.phase3(joint, workers)
+        record['tta_val_acc'] = run.phase3(last_phase, joint, workers)
         if record['tta_val_acc'] is None:
             failed = f'no worker is left: {record["workers"][0]["failed"]}'
     record['phases'] = run.phases
@@ -1491,7 +1522,7 @@ def train(
     if failed:
         record['failed'] = failed
     else:
-        record['val_acc'] = run.measure(0, everyone)
+        record['val_acc'] = run.measure(last_phase, joint['losses'], 0, everyone)
     return net, record
 
 

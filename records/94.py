@@ -727,6 +727,13 @@ def flop_per_step(hyp, num_classes, size):
     return counter.get_total_flops()
 
 
+def are_hardest(losses, n):
+    """Which losses, of (N,), are among the n largest: bool (N,)."""
+    is_hard = torch.zeros(len(losses), dtype=torch.bool, device=losses.device)
+    is_hard[losses.topk(n).indices] = True
+    return is_hard
+
+
 def serve_hardest(loader, losses, n):
     """Let the loader's next epoch serve only the n images of the largest losses, in its order.
 
@@ -734,8 +741,7 @@ def serve_hardest(loader, losses, n):
     """
     loader.send_draws()
     order = loader.draws['order']
-    is_hard = torch.zeros(len(losses), dtype=torch.bool, device=losses.device)
-    is_hard[losses.topk(n).indices] = True
+    is_hard = are_hardest(losses, n)
     # Those that are hard first, without waiting to learn how many they are.
     order = order[is_hard[order].argsort(descending=True, stable=True)[:n]]
     loader.draws['order'] = order
