@@ -12,9 +12,9 @@
 All ranks train one model, then each a worker of its own, whose weights are averaged: the algorithm
 of Gupta, Serrano and DeCoste, "Stochastic Weight Averaging in Parallel" (2020), arXiv:2001.02312,
 "SWAP" below. The loader is airbench94's, of "the paper"; network, optimizer, growing images and
-selection are those of records/94.py. Measured, by a CPU: 93.28% (n=1), with 148 all-reduces and
-0.049 PFLOP on the longest of eight ranks; that record: 94.11% (n=5), with 0.162 on its only one.
-README.md links the logs.
+selection are those of records/94.py. Measured, on an H200: 93.99% (n=16), with 150 all-reduces and
+0.0495 PFLOP on the longest of eight ranks; that record: 94.02% (n=24), with 0.162 on its only one.
+logs/README.md has the details.
 """
 
 #### Imports #######################################################################################

@@ -1,12 +1,25 @@
-"""What the studies share: their calls, the user's mistakes, and pictures."""
+"""What the studies share: their calls, the user's mistakes, trained cells, and pictures.
+
+A study trains networks in several cells, the settings that it compares, with several seeds each.
+Every network's record is a JSON file in OUT/cells. Tables and pictures are made of those alone.
+"""
 
 import argparse
+import json
 import os
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+import scipy.stats
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
-class UserError(ValueError):
-    """A mistake that the user can mend, told in one line."""
+import airbench94
+from airbench94 import UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,9 +34,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_code(name, study, argv):
-    """Call study(argv). Returns 0, or 2 after a mistake, which is told in one line."""
+    """Call study(argv). Returns 0; 2 after a mistake, told in one line; or 130 after Ctrl-C."""
     try:
         study(argv)
+    except KeyboardInterrupt:
+        print(f'{name}: interrupted; the same line again goes on', file=sys.stderr)
+        return 130
     except (UserError, OSError) as error:
         message = ' '.join(str(error).split())
         print(f'{name}: {message}', file=sys.stderr)
@@ -31,12 +47,189 @@ def exit_code(name, study, argv):
     return 0
 
 
+#### Cells #########################################################################################
+
+
+def first_images(loader, n, kind=airbench94.CifarLoader):
+    """A loader of the first n images of another, or of all if n is None, of the class `kind`."""
+    part = kind.__new__(kind)
+    vars(part).update(vars(loader))
+    part.images = loader.images[:n]
+    part.labels = loader.labels[:n]
+    return part
+
+
+@dataclass
+class Place:
+    """Where a study trains: at one of its scales, on the images of two loaders."""
+
+    scale: str
+    folder: Path  # of the records
+    train_loader: airbench94.CifarLoader
+    test_loader: airbench94.CifarLoader
+
+    def training(self, hyp, images=None, kind=airbench94.CifarLoader):
+        """A loader for `hyp` of the first so many training images."""
+        loader = first_images(self.train_loader, images, kind)
+        loader.batch_size = hyp['opt']['batch_size']
+        loader.aug = hyp['aug']
+        return loader
+
+    def train(self, script, loader, hyp, seed, **options):
+        """A network that script.train makes. Raises UserError if it diverges."""
+        few = first_images(self.test_loader, 100)  # the script looks at them after each epoch
+        net, record = script.train(loader, few, hyp, seed, **options)
+        if 'failed' in record:
+            raise UserError(f'the network of seed {seed} diverges: {record["failed"]["reason"]}')
+        return net
+
+    def accuracies(self, net, tta_level):
+        """In [0, 1], without and with test-time augmentation."""
+        return {
+            'val_acc': airbench94.evaluate(net, self.test_loader),
+            'tta_val_acc': airbench94.evaluate(net, self.test_loader, tta_level),
+        }
+
+
+@dataclass
+class Study:
+    """A study's parts.
+
+    plan(scale, records) lists the networks that are wanted so far, as (cell, seed): all at once, or
+    the next ones once it knows the records of the first. train(cell, seed, place) makes one's
+    record. show(records, folder) prints the table and draws the pictures.
+    """
+
+    name: str
+    about: str
+    plan: Callable
+    train: Callable
+    show: Callable
+
+
+def cell_file(folder, cell, seed):
+    settings = '-'.join(f'{key}={value}' for key, value in cell.items())
+    return folder / 'cells' / f'{settings}-seed={seed}.json'
+
+
+def read_cells(folder):
+    """The records that are there, with their 'cell' and 'seed'. Raises UserError for others."""
+    records = []
+    for file in sorted((folder / 'cells').glob('*.json')):
+        try:
+            record = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(f'{file}: is damaged; delete it, and it is made again') from error
+        records.append(record)
+    return records
+
+
+def read_config(folder):
+    """What all records of a folder have in common: 'study', 'scale', 'data' and 'dtype'."""
+    return json.loads((folder / 'config.json').read_text())
+
+
+def in_cell(records, **settings):
+    """Those records whose cell has these settings."""
+    return [r for r in records if settings.items() <= r['cell'].items()]
+
+
+def make_cells(jobs, study, place, folder):
+    """Make those of `jobs` that are not there, and that no other process makes.
+
+    Returns how many.
+    """
+    missing = [job for job in jobs if not cell_file(folder, *job).exists()]
+    about = airbench94.describe_call(place.train_loader)
+    made = 0
+    for cell, seed in airbench94.progress(missing, study.name):
+        file = cell_file(folder, cell, seed)
+        try:
+            with FileLock(folder / 'locks' / f'{file.stem}.lock', timeout=0):
+                if file.exists():
+                    continue
+                start = time.perf_counter()
+                record = {'cell': cell, 'seed': seed} | study.train(cell, seed, place) | about
+                record['seconds'] = round(time.perf_counter() - start, 2)
+                airbench94.write_json(file, record)
+        except Timeout:
+            continue
+        made += 1
+        tqdm.write(f'{file.stem}: {record["seconds"]:.0f} s')
+    return made
+
+
+def run_study(study, argv=None):
+    """A study's command line: train what is missing, show what is there, return the exit code."""
+    name = f'studies.{study.name}'
+    parser = Parser(f'python -m {name}', study.about)
+    add = parser.add_argument
+    add('--scale', choices=('small', 'paper', 'smoke'), default='small')
+    add('--out', type=Path, help='folder of the records; the same line again goes on')
+    add('--data', help="folder of a set, or 'digits' (default: cifar10, downloaded into it)")
+    add('--device', help='cuda, cuda:1, mps or cpu (default: the best that is there)')
+    add('--dtype', choices=airbench94.DTYPES, help='default: float16 on CUDA, float32 elsewhere')
+    add('--show', action='store_true', help='train nothing; make table and pictures again')
+
+    def call(argv):
+        args = parser.parse_args(argv)
+        folder = args.out or Path('logs', f'{study.name}-{args.scale}')
+        if not args.show:
+            train_cells(study, args, folder)
+        records = read_cells(folder)
+        if not records:
+            raise UserError(f'{folder}: holds no records of a study; choose another --out')
+        if airbench94.is_first_process():
+            study.show(records, folder)
+
+    airbench94.keep_freed_memory()
+    return exit_code(name, call, argv)
+
+
+def train_cells(study, args, folder):
+    """Make all that the study plans, together with other processes that have the same folder."""
+    device = airbench94.pick_device(args.device)
+    dtype = airbench94.pick_dtype(args.dtype, device)
+    data = args.data
+    if data is None:
+        data = 'cifar10'
+        airbench94.download_cifar10(data)
+    config = {'study': study.name, 'scale': args.scale, 'data': {'path': data}, 'dtype': str(dtype)}
+    airbench94.open_log(folder, config)
+    (folder / 'cells').mkdir(exist_ok=True)
+    options = {'device': device, 'dtype': dtype}
+    loaders = [airbench94.CifarLoader(data, train, 1000, **options) for train in (True, False)]
+    place = Place(args.scale, folder, *loaders)
+    print(f'{study.name}, {args.scale} scale, on {device}; records in {folder}', flush=True)
+    while True:
+        jobs = study.plan(args.scale, read_cells(folder))
+        if all(cell_file(folder, *job).exists() for job in jobs):
+            return
+        if make_cells(jobs, study, place, folder) == 0:
+            time.sleep(1)  # other processes are at the last ones
+
+
+#### Pictures and tables ###########################################################################
+
+# Of Okabe and Ito, whose colours people with any kind of colour vision tell apart.
+COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
+
+
+def mean_and_interval(values):
+    """(mean, half of the 95% interval of the mean by Student's t: NaN for one value)."""
+    values = np.array(values)
+    if len(values) < 2:
+        return values.mean(), np.nan
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
+    return values.mean(), half
+
+
 def new_figure(width, height):
     """A matplotlib figure, in inches, that opens no window. Raises UserError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError('--plot needs matplotlib: pip install matplotlib') from error
+        raise UserError('a picture needs matplotlib: pip install matplotlib') from error
     return Figure(figsize=(width, height), layout='constrained')
 
 

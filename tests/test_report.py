@@ -275,4 +275,4 @@ def test_the_command_needs_matplotlib_for_plots_alone(write, tmp_path):
         timeout=60,
     )
     assert done.returncode == 2 and '94.00%' in done.stdout
-    assert done.stderr == 'report.py: --plot needs matplotlib: pip install matplotlib\n'
+    assert done.stderr == 'report.py: a picture needs matplotlib: pip install matplotlib\n'

@@ -567,11 +567,16 @@ def test_statistics_are_those_of_update_bn(images, size, ranks, folder):
     assert_close(ours, running, rtol=1e-9, atol=1e-9)
 
 
-def test_the_result_has_the_averages_statistics_not_the_workers(fit, folder):
-    net, _, workers = fit()
+@pytest.mark.parametrize('served, start', [(100, 1.0), (75, 0.0)])
+def test_the_result_has_the_averages_statistics_of_the_images_served_last(
+    served, start, fit, folder, tmp_path
+):
+    net, _, workers = fit(f'phase2.selection.from={start}')
+    losses = torch.load(tmp_path / 'fit 0' / 'joint.pt', weights_only=True)['losses']
+    places = losses.argsort(descending=True)[:served].sort().values
     reference = copy.deepcopy(net)
     loader, _ = load(folder)
-    batches = [loader.normalize(loader.images[i : i + 20]) for i in (0, 20, 40)]
+    batches = [loader.normalize(loader.images[places[i : i + 20]]) for i in (0, 20, 40)]
     torch.optim.swa_utils.update_bn(batches, reference)
     for name, value in reference.state_dict().items():
         if 'running' in name:

@@ -1,0 +1,207 @@
+"""How many epochs each feature of airbench94 saves (Jordan 2024, Figure 4 and section 5.1).
+
+    python -m studies.ablation                              # in about two hours, on two CPU cores
+    torchrun --nproc_per_node=8 -m studies.ablation --scale paper --out logs/ablation --data cifar10
+    python -m studies.ablation --show --out logs/ablation   # the table and the picture again
+
+Epochs to the target are searched for the final recipe without a feature, and for the whitened
+baseline with it: twice the epochs while the mean of some networks is below the target, half of them
+while it is above, then the geometric mean of the two epochs that enclose it. The result comes of
+the straight line, in logarithms, through the errors at all epochs that were tried. The baseline has
+whitening alone; whitening itself is only taken from the final recipe.
+
+--scale paper has the paper's target, 94%, and 25 networks at each number of epochs: about 14 * 6 *
+25 trainings, of 0.4 PFLOP and more, or two A100-hours and more. --scale small has another target,
+for a narrow network and a tenth of the images.
+"""
+
+import sys
+from unittest.mock import patch
+
+import numpy as np
+from torch import nn
+
+import airbench94
+from studies.common import COLOURS, Study, in_cell, new_figure, read_config, run_study, save_figure
+from studies.flip import NARROW, FlipLoader
+
+SCALES = {
+    'paper': {'target': 0.94, 'first': 12, 'rounds': 6, 'runs': 25, 'hyp': []},
+    'small': {'target': 0.66, 'first': 8, 'rounds': 5, 'runs': 4, 'images': 5000},
+    'smoke': {'target': 0.2, 'first': 2, 'rounds': 2, 'runs': 1, 'images': 200},
+}
+SCALES['small']['hyp'] = [*NARROW, 'opt.batch_size=250']
+SCALES['smoke']['hyp'] = [*NARROW, 'opt.batch_size=50']
+
+# What is set where a feature is missing.
+WITHOUT = {
+    'whitening': [],
+    'identity initialization': [],
+    'bias scaler': ['opt.bias_scaler=1'],
+    'Lookahead': ['opt.lookahead.decay=0'],
+    'multi-crop TTA': ['net.tta_level=1'],
+    'alternating flip': [],
+}
+FEATURES = list(WITHOUT)
+
+# Epochs to 94%, where the paper's text has them (sections 3.2, 3.3, 3.6 and 5.1).
+PUBLISHED = {
+    ('final', 'none'): 9.9,
+    ('final', 'identity initialization'): 12.8,
+    ('baseline', 'none'): 21,
+    ('baseline', 'identity initialization'): 18,
+}
+
+
+def variants():
+    """All trainings: (start, the feature that is taken from the final or added to the other)."""
+    found = [(start, 'none') for start in ('final', 'baseline')]
+    for feature in FEATURES:
+        found.append(('final', feature))
+        if feature != 'whitening':
+            found.append(('baseline', feature))
+    return found
+
+
+def features_of(start, feature):
+    """The set of features that a training has."""
+    if start == 'final':
+        return set(FEATURES) - {feature}
+    return {'whitening', feature} & set(FEATURES)
+
+
+#### Training ######################################################################################
+
+
+class PlainConv(airbench94.Conv):
+    """A convolution that begins as PyTorch's do."""
+
+    def reset_parameters(self):
+        nn.Conv2d.reset_parameters(self)
+
+
+def init_randomly(layer, images, eps):
+    """Instead of init_whitening_conv: the first layer begins as PyTorch's do, too."""
+    nn.init.kaiming_uniform_(layer.weight, a=5**0.5)
+
+
+def train(cell, seed, place):
+    """A network's accuracy, in [0, 1], with test-time augmentation."""
+    settings = SCALES[place.scale]
+    has = features_of(cell['start'], cell['feature'])
+    changes = [change for name in FEATURES if name not in has for change in WITHOUT[name]]
+    changes.append(f'opt.train_epochs={cell["epochs"]}')
+    hyp = airbench94.override(airbench94.hyp, [*settings['hyp'], *changes])
+    loader = place.training(hyp, settings.get('images'), FlipLoader)
+    loader.flips = 'alternating' if 'alternating flip' in has else 'random'
+    loader.replaced = False
+    conv = airbench94.Conv if 'identity initialization' in has else PlainConv
+    whiten = airbench94.init_whitening_conv if 'whitening' in has else init_randomly
+    with patch.multiple(airbench94, Conv=conv, init_whitening_conv=whiten):
+        options = {'device': loader.device, 'dtype': loader.dtype}
+        net = airbench94.make_net(hyp, len(loader.classes), **options)
+        net[0].weight.requires_grad = 'whitening' not in has  # it learns
+        place.train(airbench94, loader, hyp, seed, net=net)
+    return {'tta_val_acc': airbench94.evaluate(net, place.test_loader, hyp['net']['tta_level'])}
+
+
+#### The search ####################################################################################
+
+
+def next_epochs(tried, target, first):
+    """The epochs to try next. tried: {epochs: mean accuracy} so far."""
+    if not tried:
+        return first
+    below = [epochs for epochs, accuracy in tried.items() if accuracy < target]
+    above = [epochs for epochs, accuracy in tried.items() if accuracy >= target]
+    if not above:
+        return 2 * max(tried)
+    if not below:
+        return max(1, round(min(tried) / 2, 1))
+    return round((max(below) * min(above)) ** 0.5, 1)
+
+
+def plan(scale, records):
+    """The networks of all rounds that are done, and of each variant's next one."""
+    settings = SCALES[scale]
+    jobs = []
+    for start, feature in variants():
+        tried = {}
+        for _ in range(settings['rounds']):
+            epochs = next_epochs(tried, settings['target'], settings['first'])
+            cell = {'start': start, 'feature': feature, 'epochs': epochs}
+            jobs.extend((cell, seed) for seed in range(settings['runs']))
+            made = [record['tta_val_acc'] for record in in_cell(records, **cell)]
+            if epochs in tried or len(made) < settings['runs']:
+                break
+            tried[epochs] = np.mean(made)
+    return jobs
+
+
+def epochs_to(target, epochs, errors):
+    """The epochs at which a line in logarithms, through these points, has the target's error."""
+    slope, intercept = np.polyfit(np.log(epochs), np.log(errors), 1)
+    return np.exp((np.log(1 - target) - intercept) / slope)
+
+
+#### Table and picture #############################################################################
+
+
+def found_epochs(records, target):
+    """{(start, feature): epochs to the target}, where two numbers of epochs have been tried."""
+    found = {}
+    for start, feature in variants():
+        part = in_cell(records, start=start, feature=feature)
+        epochs = [record['cell']['epochs'] for record in part]
+        if len(set(epochs)) > 1:
+            errors = [1 - record['tta_val_acc'] for record in part]
+            found[start, feature] = epochs_to(target, epochs, errors)
+    return found
+
+
+def savings(found, feature):
+    """(epochs that a feature saves the final recipe, and the baseline); NaN where not known."""
+    nan = float('nan')
+    final = found.get(('final', feature), nan) - found.get(('final', 'none'), nan)
+    return final, found.get(('baseline', 'none'), nan) - found.get(('baseline', feature), nan)
+
+
+def print_table(found, target):
+    print(f'epochs to {100 * target:.0f}%        final recipe without   whitened baseline with')
+    for feature in ['none', *FEATURES]:
+        row = f'{feature:24}'
+        for start in ('final', 'baseline'):
+            row += f'{found.get((start, feature), float("nan")):10.1f}'
+            published = PUBLISHED.get((start, feature))
+            row += f' (paper: {published})'.ljust(14) if published else ' ' * 14
+        print(row)
+
+
+def draw(found, target, file):
+    """Figure 4: the epochs that each feature saves, to both ends."""
+    figure = new_figure(8, 3.6)
+    axes = figure.subplots()
+    places = np.arange(len(FEATURES))
+    saved = np.array([savings(found, feature) for feature in FEATURES])
+    axes.barh(places - 0.2, saved[:, 0], 0.38, color=COLOURS[0], label='to the final recipe')
+    axes.barh(places + 0.2, saved[:, 1], 0.38, color=COLOURS[1], label='to the whitened baseline')
+    axes.set_yticks(places, FEATURES)
+    axes.invert_yaxis()
+    axes.axvline(0, color='black', linewidth=0.8)
+    axes.set_xlabel(f'epochs to {100 * target:.0f}% that a feature saves')
+    axes.legend(frameon=False)
+    save_figure(figure, file)
+
+
+def show(records, folder):
+    target = SCALES[read_config(folder)['scale']]['target']
+    found = found_epochs(records, target)
+    print_table(found, target)
+    for suffix in ('svg', 'png'):
+        draw(found, target, folder / f'ablation.{suffix}')
+
+
+STUDY = Study('ablation', __doc__, plan, train, show)
+
+if __name__ == '__main__':
+    sys.exit(run_study(STUDY))

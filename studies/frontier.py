@@ -1,0 +1,115 @@
+"""Test error against operations: published trainings, and this repository's logs (Figure 3).
+
+    python -m studies.frontier logs/*-h200.json logs/record94-cpu.json --out frontier
+
+Writes frontier.svg and frontier.png, and prints the same as a table. A LOG is one that
+`studies.report` reads; its point is the mean of its runs. The line is that of Jordan 2024: straight
+through his three trainings, by least squares of the logarithms. A point below it makes more of its
+operations than they do.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from studies.common import COLOURS, Parser, UserError, exit_code, new_figure, save_figure
+from studies.report import read_log
+
+# (name, accuracy with TTA in percent, PFLOP) of CIFAR-10 trainings.
+PAPER = [  # Jordan 2024, abstract
+    ('airbench94', 94.01, 0.36),
+    ('airbench95', 95.01, 1.4),
+    ('airbench96', 96.05, 7.2),
+]
+OTHERS = [  # README of github.com/KellerJordan/cifar10-airbench, 2025
+    ('airbench94_spectral', 94.05, 0.29),
+    ('airbench96_faster', 96.00, 3.1),
+    ('newer airbench96', 96.03, 4.9),
+    ('standard ResNet-18', 96.0, 32.3),
+]
+
+
+def fit_line(points):
+    """(slope, intercept) of log10(error in percent) against log10(PFLOP)."""
+    _, accuracies, pflop = zip(*points)
+    return np.polyfit(np.log10(pflop), np.log10(100 - np.array(accuracies)), 1)
+
+
+def error_on_line(line, pflop):
+    """The error in percent of a training of so many PFLOP."""
+    return 10 ** np.polyval(line, np.log10(pflop))
+
+
+def points_of(logs):
+    """The logs as points like those above, with n in the names. Raises UserError."""
+    points = []
+    for log in logs:
+        if len(log.accuracies) == 0 or np.isnan(log.pflop):
+            raise UserError(f'{log.name}: has no accuracy or no PFLOP; leave it out')
+        if not log.is_cifar10:
+            raise UserError(f'{log.name}: is no log of CIFAR-10; leave it out')
+        name = f'{log.name}, n={len(log.accuracies)}'
+        points.append((name, 100 * log.accuracies.mean(), log.pflop))
+    return points
+
+
+def print_table(groups, line):
+    print(f'{"":34}{"accuracy":>9}{"PFLOP":>8}   error / error on the line')
+    for title, points in groups.items():
+        print(title)
+        for name, accuracy, pflop in points:
+            ratio = (100 - accuracy) / error_on_line(line, pflop)
+            print(f'  {name:32}{accuracy:8.2f}%{pflop:8.3g}   {ratio:.3f}')
+    print(f'\nthe line: error = {10 ** line[1]:.2f}% * PFLOP^{line[0]:.3f}')
+
+
+def draw(groups, line, out):
+    figure = new_figure(8, 5)
+    axes = figure.subplots()
+    x = np.geomspace(0.1, 40, 50)
+    axes.plot(x, error_on_line(line, x), color='grey', linewidth=1, label="the paper's line")
+    for (title, points), colour, marker in zip(groups.items(), COLOURS, 'so^'):
+        names, accuracies, pflop = zip(*points)
+        errors = 100 - np.array(accuracies)
+        axes.scatter(pflop, errors, color=colour, marker=marker, label=title, zorder=2)
+        # Ours lie beside those that they come from: their names go to the other side.
+        style = {'ha': 'left', 'va': 'bottom'}
+        if title == OURS:
+            style = {'ha': 'right', 'va': 'top'}
+        for name, place in zip(names, zip(pflop, errors)):
+            style |= {'fontsize': 'small', 'rotation': 35, 'rotation_mode': 'anchor'}
+            offset = (4, 4) if title != OURS else (-4, -4)
+            axes.annotate(name, place, offset, textcoords='offset points', color=colour, **style)
+    axes.set(xscale='log', yscale='log', xlabel='PFLOP of a run', ylabel='test error, with TTA (%)')
+    axes.set(xlim=(0.06, 120), ylim=(3, 8))
+    ticks = [3, 4, 5, 6, 7, 8]
+    axes.set_yticks(ticks, ticks)
+    axes.minorticks_off()
+    axes.legend(frameon=False, loc='upper right')
+    for suffix in ('.svg', '.png'):
+        save_figure(figure, Path(f'{out}{suffix}'))
+
+
+OURS = 'measured here'
+
+
+def frontier(argv):
+    parser = Parser('python -m studies.frontier', __doc__)
+    parser.add_argument('logs', nargs='*', metavar='LOG', help='a log.json, or the folder of a log')
+    parser.add_argument('--out', default='frontier', help='name of the pictures, without suffix')
+    args = parser.parse_args(argv)
+    groups = {'published: Jordan 2024': PAPER, 'published since': OTHERS}
+    if args.logs:
+        groups[OURS] = points_of([read_log(Path(path)) for path in args.logs])
+    line = fit_line(PAPER)
+    print_table(groups, line)
+    draw(groups, line, args.out)
+
+
+def main(argv=None):
+    return exit_code('frontier.py', frontier, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""How accuracies vary between runs, and whether networks are calibrated (Jordan 2024, Table 4).
+
+    python -m studies.variance                              # in about an hour, on two CPU cores
+    torchrun --nproc_per_node=8 -m studies.variance --scale paper --out logs/variance
+    python -m studies.variance --show --out logs/variance   # the table and the pictures again
+
+Networks that differ in their seeds alone differ in test accuracy. Most of that is no difference in
+quality: on other test images of the same distribution, other networks would be the best ones. What
+the table gives, without and with test-time augmentation (section 5.3):
+
+- the standard deviation of the accuracy on the test set, in the histograms (Figure 6);
+- the distribution-wise standard deviation, of the accuracies on infinitely many test images: the
+  root of the mean covariance between two test images' being right (Jordan, "Calibrated chaos",
+  2023, arXiv:2304.01910). By chance its square can be negative, which the table says;
+- the class-aggregated calibration error: by how much the share of networks that vote for a class
+  and the share of images that are of it differ, among the images with that share of votes, summed
+  over all shares (Jiang et al. 2021, arXiv:2106.13799). It falls with the number of networks, as
+  few of them vote in coarse shares: compare those of one column alone.
+
+--scale paper trains 10,000 networks in each of three cells: 14,000 PFLOP, or 37 A100-hours, at
+0.36 PFLOP in 3.29 seconds. --scale small trains a narrow network on a tenth of the images. The
+test logits lie beside the records, in half precision, 400 kB a network.
+"""
+
+import io
+import math
+import sys
+
+import numpy as np
+import scipy.stats
+
+import airbench94
+from studies.common import (
+    COLOURS,
+    Study,
+    UserError,
+    cell_file,
+    in_cell,
+    new_figure,
+    run_study,
+    save_figure,
+)
+
+SCALES = {
+    'paper': {'epochs': 9.9, 'runs': 10_000, 'widths': (64, 256, 256), 'hyp': []},
+    'small': {'epochs': 8, 'runs': 30, 'widths': (16, 64, 64), 'images': 5000},
+    'smoke': {'epochs': 1, 'runs': 3, 'widths': (16, 64, 64), 'images': 200},
+}
+SCALES['small']['hyp'] = ['opt.batch_size=250']
+SCALES['smoke']['hyp'] = ['opt.batch_size=50', 'net.tta_level=1']
+
+# Factors of (epochs, width).
+CELLS = [(1, 1), (2, 1), (1.5, 1.5)]
+
+# Table 4, n=10,000: (accuracy, test-set and distribution-wise deviation in percent, CACE).
+PUBLISHED = {
+    (1, 1, 'plain'): (93.25, 0.157, 0.037, 0.0312),
+    (2, 1, 'plain'): (93.86, 0.152, 0.025, 0.0233),
+    (1.5, 1.5, 'plain'): (94.32, 0.142, 0.020, 0.0269),
+    (1, 1, 'tta'): (94.01, 0.128, 0.029, 0.0533),
+    (2, 1, 'tta'): (94.65, 0.124, 0.022, 0.0433),
+    (1.5, 1.5, 'tta'): (94.97, 0.116, 0.018, 0.0444),
+}
+
+
+#### Training ######################################################################################
+
+
+def plan(scale, records):
+    """Table 4's cells, seed by seed."""
+    cells = [{'epochs': epochs, 'width': width} for epochs, width in CELLS]
+    return [(cell, seed) for seed in range(SCALES[scale]['runs']) for cell in cells]
+
+
+def logits_file(folder, cell, seed):
+    return cell_file(folder, cell, seed).with_suffix('.npz')
+
+
+def train(cell, seed, place):
+    """A network's accuracies, in [0, 1]; its logits go into a file beside the record's."""
+    settings = SCALES[place.scale]
+    widths = [round(cell['width'] * width) for width in settings['widths']]
+    changes = [f'net.widths.block{i}={width}' for i, width in enumerate(widths, 1)]
+    changes.append(f'opt.train_epochs={cell["epochs"] * settings["epochs"]}')
+    hyp = airbench94.override(airbench94.hyp, [*settings['hyp'], *changes])
+    loader = place.training(hyp, settings.get('images'))
+    net = place.train(airbench94, loader, hyp, seed)
+    logits = {
+        'plain': airbench94.infer(net, place.test_loader, 0),
+        'tta': airbench94.infer(net, place.test_loader, hyp['net']['tta_level']),
+    }
+    labels = place.test_loader.labels
+    content = io.BytesIO()
+    arrays = {kind: values.half().cpu().numpy() for kind, values in logits.items()}
+    np.savez(content, labels=labels.cpu().numpy(), **arrays)
+    file = logits_file(place.folder, cell, seed)
+    airbench94.write_atomically(file, content.getvalue())
+    return {
+        'val_acc': (logits['plain'].argmax(1) == labels).double().mean().item(),
+        'tta_val_acc': (logits['tta'].argmax(1) == labels).double().mean().item(),
+    }
+
+
+#### Estimates #####################################################################################
+
+
+def distribution_variance(correct):
+    """The variance of the networks' accuracies on infinitely many images, without bias.
+
+    correct: bool (networks, images), whether each network is right about each image.
+    """
+    images = correct.shape[1]
+    of_test_set = correct.mean(1).var(ddof=1)
+    of_images = correct.var(0, ddof=1).sum() / images**2  # what chance alone would give
+    return (of_test_set - of_images) * images / (images - 1)
+
+
+def calibration_error(votes, labels):
+    """The class-aggregated calibration error of votes (images, classes), shares of the networks.
+
+    labels: int (images,).
+    """
+    is_class = np.eye(votes.shape[1])[labels]
+    shares, place = np.unique(votes, return_inverse=True)
+    gaps = np.bincount(place.ravel(), weights=(is_class - votes).ravel(), minlength=len(shares))
+    return np.abs(gaps).sum() / len(labels)
+
+
+def runs_needed(effect, deviation, p=0.05):
+    """How many runs show that an effect on the mean is no chance, on average (section 1).
+
+    effect, deviation: of accuracy, both in the same unit. p: of a one-sided test.
+    """
+    return math.ceil((scipy.stats.norm.isf(p) * deviation / effect) ** 2)
+
+
+#### Table and pictures ############################################################################
+
+
+def describe(records, folder, kind):
+    """What the table says of a cell's networks; kind: 'plain', or 'tta'."""
+    predictions = []
+    for record in records:
+        with np.load(logits_file(folder, record['cell'], record['seed'])) as arrays:
+            labels = arrays['labels']
+            classes = arrays[kind].shape[1]
+            predictions.append(arrays[kind].argmax(1))
+    predictions = np.array(predictions)
+    correct = predictions == labels
+    votes = np.stack([(predictions == k).mean(0) for k in range(classes)], axis=1)
+    accuracies = 100 * correct.mean(1)
+    return {
+        'n': len(records),
+        'accuracies': accuracies,
+        'deviation': accuracies.std(ddof=1),
+        'distribution': 1e4 * distribution_variance(correct),  # percent, squared
+        'calibration': calibration_error(votes, labels),
+    }
+
+
+def print_table(described):
+    print('                                    standard deviation in %:            of the paper:')
+    print('epochs width  TTA     n  accuracy   test set (95%)  distribution  CACE', end='')
+    print('   accuracy test set distribution   CACE')
+    for (epochs, width, kind), row in described.items():
+        n, deviation, variance = row['n'], row['deviation'], row['distribution']
+        low, high = deviation * np.sqrt((n - 1) / scipy.stats.chi2.ppf([0.975, 0.025], n - 1))
+        distribution = f'{variance**0.5:.3f}' if variance > 0 else 'below 0'
+        print(f'{epochs:5}x {width:4}x {"no" if kind == "plain" else "yes":>4} {n:5}', end=' ')
+        print(f'{row["accuracies"].mean():8.2f}%', end='  ')
+        print(f'{deviation:5.3f} ({low:.2f}-{high:.2f}) {distribution:>10}', end=' ')
+        print(f'{row["calibration"]:9.4f}', end=' ')
+        accuracy, test_set, of_distribution, calibration = PUBLISHED[epochs, width, kind]
+        print(f'{accuracy:9.2f}% {test_set:8.3f} {of_distribution:12.3f} {calibration:8.4f}')
+    first = next(iter(described.values()))['deviation']
+    print('\nruns that show a better mean with p = 0.05, at the deviation of the first row:')
+    for effect in (0.02, 0.05, 0.1, 0.2, 0.5):
+        print(f'  {effect:.2f} percentage points: {runs_needed(effect, first)}')
+
+
+def draw_histograms(described, file):
+    """Figure 6: the accuracies, and the normal distribution of their mean and deviation."""
+    figure = new_figure(9, 3.2)
+    for axes, kind in zip(figure.subplots(1, 2), ('plain', 'tta')):
+        rows = {cell: row for cell, row in described.items() if cell[2] == kind}
+        for (epochs, width, _), row, colour in zip(rows, rows.values(), COLOURS):
+            label = f'{epochs}x epochs, {width}x width'
+            accuracies = row['accuracies']
+            axes.hist(accuracies, 'auto', density=True, alpha=0.5, color=colour, label=label)
+            x = accuracies.mean() + row['deviation'] * np.linspace(-4, 4, 200)
+            normal = scipy.stats.norm(accuracies.mean(), row['deviation'])
+            axes.plot(x, normal.pdf(x), color=colour, linewidth=1)
+        axes.set(xlabel='test accuracy (%)', title='without TTA' if kind == 'plain' else 'with TTA')
+        axes.set_yticks([])
+    figure.axes[0].set_ylabel('share of the runs')
+    figure.axes[0].legend(frameon=False, fontsize='small')
+    save_figure(figure, file)
+
+
+def show(records, folder):
+    described = {}
+    for kind in ('plain', 'tta'):
+        for epochs, width in CELLS:
+            cell = in_cell(records, epochs=epochs, width=width)
+            if len(cell) > 1:
+                described[epochs, width, kind] = describe(cell, folder, kind)
+    if not described:
+        raise UserError(f'{folder}: no cell has two networks yet')
+    print_table(described)
+    for suffix in ('svg', 'png'):
+        draw_histograms(described, folder / f'variance.{suffix}')
+
+
+STUDY = Study('variance', __doc__, plan, train, show)
+
+if __name__ == '__main__':
+    sys.exit(run_study(STUDY))
