@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,13 @@ def read_config(folder):
 def in_cell(records, **settings):
     """Those records whose cell has these settings."""
     return [r for r in records if settings.items() <= r['cell'].items()]
+
+
+def whole_seeds(records, jobs):
+    """The records of those seeds with which all of their jobs are done, so that pairs compare."""
+    wanted = Counter(seed for _, seed in jobs)
+    made = Counter(record['seed'] for record in records)
+    return [record for record in records if made[record['seed']] == wanted[record['seed']]]
 
 
 def make_cells(jobs, study, place, folder):

@@ -26,12 +26,15 @@ import airbench94
 from studies.common import (
     COLOURS,
     Study,
+    UserError,
     first_images,
     in_cell,
     mean_and_interval,
     new_figure,
+    read_config,
     run_study,
     save_figure,
+    whole_seeds,
 )
 
 FLIPS = ['none', 'random', 'alternating']
@@ -267,6 +270,9 @@ def draw_strip(file, seed=1, epochs=6):
 
 
 def show(records, folder):
+    records = whole_seeds(records, plan(read_config(folder)['scale'], []))
+    if not records:
+        raise UserError(f'{folder}: no seed has all its networks yet; train on, then --show')
     print_table(records)
     for kind in ('svg', 'png'):
         draw_curves(records, folder / f'flip.{kind}')

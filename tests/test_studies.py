@@ -267,6 +267,14 @@ def kill_after_the_first(process, out):
     process.communicate()
 
 
+def test_pairs_are_of_seeds_that_every_cell_has():
+    jobs = [({'flip': flips}, seed) for seed in (0, 1) for flips in 'abc']
+    records = [{'cell': cell, 'seed': seed} for cell, seed in jobs]
+    assert common.whole_seeds(records, jobs) == records
+    assert common.whole_seeds(records[:-1], jobs) == records[:3]
+    assert common.whole_seeds(records[1:5], jobs) == []
+
+
 @pytest.mark.parametrize('name', STUDIES)
 def test_two_processes_make_a_study_which_was_killed(name, tmp_path):
     study, picture = STUDIES[name]
