@@ -647,11 +647,12 @@ def test_ranks_share_all_of_a_step_but_its_optimizer():
     assert flop(8) == pytest.approx(of_images / 8 + of_muon)
 
 
-def test_phase_3_costs_no_more_than_the_set_has_images(fit):
+@pytest.mark.parametrize('start, statistics', [(1.0, 100), (0.0, 50)])  # of 75, a full batch
+def test_phase_3_costs_no_more_than_the_images_that_were_served_last(start, statistics, fit):
     settings = ['phase2.workers=1', 'statistics.images=10000', 'statistics.batch_size=50']
-    _, record, _ = fit(*settings)
+    _, record, _ = fit(*settings, f'phase2.selection.from={start}')
     of_view = 1e-15 * swap94.flop_per_image(override(swap94.hyp, SMALL), 10)[1]
-    expected = (100 + 40 * 2) * of_view
+    expected = (statistics + 40 * 2) * of_view
     assert record['phases']['phase3']['pflop_of_all'] == pytest.approx(expected)
 
 
