@@ -139,16 +139,24 @@ def plan(scale, records):
 
 
 def epochs_to(target, epochs, errors):
-    """The epochs at which a line in logarithms, through these points, has the target's error."""
+    """The epochs at which a line in logarithms, through these points, has the target's error.
+
+    NaN if the errors do not fall, or the line would have to go on for more than twice the epochs.
+    """
     slope, intercept = np.polyfit(np.log(epochs), np.log(errors), 1)
-    return np.exp((np.log(1 - target) - intercept) / slope)
+    if slope >= 0:
+        return np.nan
+    logarithm = (np.log(1 - target) - intercept) / slope
+    if not np.log(min(epochs) / 2) <= logarithm <= np.log(2 * max(epochs)):
+        return np.nan
+    return np.exp(logarithm)
 
 
 #### Table and picture #############################################################################
 
 
 def found_epochs(records, target):
-    """{(start, feature): epochs to the target}, where two numbers of epochs have been tried."""
+    """{(start, feature): epochs to the target}, of those for which two or more have been tried."""
     found = {}
     for start, feature in variants():
         part = in_cell(records, start=start, feature=feature)
@@ -161,9 +169,9 @@ def found_epochs(records, target):
 
 def savings(found, feature):
     """(epochs that a feature saves the final recipe, and the baseline); NaN where not known."""
-    nan = float('nan')
-    final = found.get(('final', feature), nan) - found.get(('final', 'none'), nan)
-    return final, found.get(('baseline', 'none'), nan) - found.get(('baseline', feature), nan)
+    final = found.get(('final', feature), np.nan) - found.get(('final', 'none'), np.nan)
+    baseline = found.get(('baseline', 'none'), np.nan) - found.get(('baseline', feature), np.nan)
+    return final, baseline
 
 
 def print_table(found, target):
@@ -171,10 +179,11 @@ def print_table(found, target):
     for feature in ['none', *FEATURES]:
         row = f'{feature:24}'
         for start in ('final', 'baseline'):
-            row += f'{found.get((start, feature), float("nan")):10.1f}'
+            epochs = found.get((start, feature), np.nan)
+            row += f'{"-":>10}' if np.isnan(epochs) else f'{epochs:10.1f}'
             published = PUBLISHED.get((start, feature))
             row += f' (paper: {published})'.ljust(14) if published else ' ' * 14
-        print(row)
+        print(row.rstrip())
 
 
 def draw(found, target, file):
@@ -186,7 +195,7 @@ def draw(found, target, file):
     axes.barh(places - 0.2, saved[:, 0], 0.38, color=COLOURS[0], label='to the final recipe')
     axes.barh(places + 0.2, saved[:, 1], 0.38, color=COLOURS[1], label='to the whitened baseline')
     axes.set_yticks(places, FEATURES)
-    axes.invert_yaxis()
+    axes.set_ylim(len(FEATURES) - 0.5, -0.5)
     axes.axvline(0, color='black', linewidth=0.8)
     axes.set_xlabel(f'epochs to {100 * target:.0f}% that a feature saves')
     axes.legend(frameon=False)

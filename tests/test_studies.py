@@ -203,6 +203,8 @@ def test_the_fitted_line_has_the_targets_epochs():
     errors = 0.5 / epochs**0.7
     target = 1 - 0.5 / 20**0.7
     assert ablation.epochs_to(target, epochs, errors) == pytest.approx(20)
+    assert np.isnan(ablation.epochs_to(1 - 0.5 / 70**0.7, epochs, errors))
+    assert np.isnan(ablation.epochs_to(target, epochs, errors[::-1]))
 
 
 def test_the_plan_waits_for_a_rounds_networks():
