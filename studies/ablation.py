@@ -22,7 +22,7 @@ import numpy as np
 from torch import nn
 
 import airbench94
-from studies.common import COLOURS, Study, in_cell, new_figure, read_config, run_study, save_figure
+from studies.common import COLOURS, Study, in_cell, new_figure, read_config, run_study, save_both
 from studies.flip import NARROW, FlipLoader
 
 SCALES = {
@@ -186,7 +186,7 @@ def print_table(found, target):
         print(row.rstrip())
 
 
-def draw(found, target, file):
+def draw(found, target, stem):
     """Figure 4: the epochs that each feature saves, to both ends."""
     figure = new_figure(8, 3.6)
     axes = figure.subplots()
@@ -199,15 +199,14 @@ def draw(found, target, file):
     axes.axvline(0, color='black', linewidth=0.8)
     axes.set_xlabel(f'epochs to {100 * target:.0f}% that a feature saves')
     axes.legend(frameon=False)
-    save_figure(figure, file)
+    save_both(figure, stem)
 
 
 def show(records, folder):
     target = SCALES[read_config(folder)['scale']]['target']
     found = found_epochs(records, target)
     print_table(found, target)
-    for suffix in ('svg', 'png'):
-        draw(found, target, folder / f'ablation.{suffix}')
+    draw(found, target, folder / 'ablation')
 
 
 STUDY = Study('ablation', __doc__, plan, train, show)

@@ -53,10 +53,8 @@ def exit_code(name, study, argv):
 
 def first_images(loader, n, kind=airbench94.CifarLoader):
     """A loader of the first n images of another, or of all if n is None, of the class `kind`."""
-    part = kind.__new__(kind)
-    vars(part).update(vars(loader))
-    part.images = loader.images[:n]
-    part.labels = loader.labels[:n]
+    part = airbench94.first_images(loader, n)
+    part.__class__ = kind
     return part
 
 
@@ -256,3 +254,9 @@ def save_figure(figure, file):
         if temporary.exists():
             temporary.unlink()
     print(f'\nplot in {file}')
+
+
+def save_both(figure, stem):
+    """Write a figure as stem.svg and stem.png."""
+    for suffix in ('svg', 'png'):
+        save_figure(figure, stem.with_name(f'{stem.name}.{suffix}'))

@@ -16,6 +16,7 @@ narrow network on a tenth of the images.
 """
 
 import sys
+from operator import itemgetter
 
 import numpy as np
 import scipy.optimize
@@ -33,7 +34,7 @@ from studies.common import (
     new_figure,
     read_config,
     run_study,
-    save_figure,
+    save_both,
     whole_seeds,
 )
 
@@ -156,7 +157,7 @@ def speedup(epochs, errors, at, error):
 
 def errors_of(records, key, **settings):
     """The errors in percent of a cell's networks, by seed."""
-    found = sorted(in_cell(records, **settings), key=lambda record: record['seed'])
+    found = sorted(in_cell(records, **settings), key=itemgetter('seed'))
     return np.array([100 * (1 - record[key]) for record in found])
 
 
@@ -224,7 +225,7 @@ def published_speedup(epochs, cutout, has_tta):
     return speedup(all_epochs, errors, epochs, 100 - PUBLISHED[epochs, cutout, has_tta][2])
 
 
-def draw_curves(records, file):
+def draw_curves(records, stem):
     """Figure 5: error against epochs, with intervals and the power law of random flip."""
     cutouts = settings_of(records, 'cutout')
     figure = new_figure(9, 3.6 * len(cutouts))
@@ -244,10 +245,10 @@ def draw_curves(records, file):
             axes.set_xticks(epochs, epochs)
             axes.minorticks_off()
     grid[0, 0].legend(frameon=False)
-    save_figure(figure, file)
+    save_both(figure, stem)
 
 
-def draw_strip(file, seed=1, epochs=6):
+def draw_strip(stem, seed=1, epochs=6):
     """Figure 1: one image, a digit of scikit-learn's, as each kind of flip shows it."""
     options = {'device': 'cpu', 'dtype': torch.float32}
     loader = first_images(airbench94.CifarLoader('digits', True, 4, **options), 4, FlipLoader)
@@ -266,7 +267,7 @@ def draw_strip(file, seed=1, epochs=6):
             if flips == 'random':
                 axes.set_title(f'epoch {epoch + 1}')
         row[0].set_ylabel(flips)
-    save_figure(figure, file)
+    save_both(figure, stem)
 
 
 def show(records, folder):
@@ -274,9 +275,8 @@ def show(records, folder):
     if not records:
         raise UserError(f'{folder}: no seed has all its networks yet; train on, then --show')
     print_table(records)
-    for kind in ('svg', 'png'):
-        draw_curves(records, folder / f'flip.{kind}')
-        draw_strip(folder / f'strip.{kind}')
+    draw_curves(records, folder / 'flip')
+    draw_strip(folder / 'strip')
 
 
 STUDY = Study('flip', __doc__, plan, train, show)

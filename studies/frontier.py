@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from studies.common import COLOURS, Parser, UserError, exit_code, new_figure, save_figure
+from studies.common import COLOURS, Parser, UserError, exit_code, new_figure, save_both
 from studies.report import read_log
 
 # (name, accuracy with TTA in percent, PFLOP) of CIFAR-10 trainings.
@@ -87,8 +87,7 @@ def draw(groups, line, out):
     axes.set_yticks(ticks, ticks)
     axes.minorticks_off()
     axes.legend(frameon=False, loc='upper right')
-    for suffix in ('.svg', '.png'):
-        save_figure(figure, Path(f'{out}{suffix}'))
+    save_both(figure, Path(out))
 
 
 OURS = 'measured here'

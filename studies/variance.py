@@ -38,7 +38,7 @@ from studies.common import (
     in_cell,
     new_figure,
     run_study,
-    save_figure,
+    save_both,
 )
 
 SCALES = {
@@ -178,7 +178,7 @@ def print_table(described):
         print(f'  {effect:.2f} percentage points: {runs_needed(effect, first)}')
 
 
-def draw_histograms(described, file):
+def draw_histograms(described, stem):
     """Figure 6: the accuracies, and the normal distribution of their mean and deviation."""
     figure = new_figure(9, 3.2)
     for axes, kind in zip(figure.subplots(1, 2), ('plain', 'tta')):
@@ -194,7 +194,7 @@ def draw_histograms(described, file):
         axes.set_yticks([])
     figure.axes[0].set_ylabel('share of the runs')
     figure.axes[0].legend(frameon=False, fontsize='small')
-    save_figure(figure, file)
+    save_both(figure, stem)
 
 
 def show(records, folder):
@@ -207,8 +207,7 @@ def show(records, folder):
     if not described:
         raise UserError(f'{folder}: no cell has two networks yet')
     print_table(described)
-    for suffix in ('svg', 'png'):
-        draw_histograms(described, folder / f'variance.{suffix}')
+    draw_histograms(described, folder / 'variance')
 
 
 STUDY = Study('variance', __doc__, plan, train, show)
