@@ -22,16 +22,35 @@ import numpy as np
 from torch import nn
 
 import airbench94
-from studies.common import COLOURS, Study, in_cell, new_figure, read_config, run_study, save_both
+from studies.common import COLOURS, Study, in_cell, new_figure, run_study, save_both
 from studies.flip import NARROW, FlipLoader
 
 SCALES = {
-    'paper': {'target': 0.94, 'first': 12, 'rounds': 6, 'runs': 25, 'hyp': []},
-    'small': {'target': 0.66, 'first': 8, 'rounds': 5, 'runs': 4, 'images': 5000},
-    'smoke': {'target': 0.2, 'first': 2, 'rounds': 2, 'runs': 1, 'images': 200},
+    'paper': {
+        'hyp': [],
+        'images': None,  # of the training set: all
+        'target': 0.94,
+        'first': 12,  # epochs
+        'rounds': 6,
+        'runs': 25,
+    },
+    'small': {
+        'hyp': [*NARROW, 'opt.batch_size=250'],
+        'images': 5000,
+        'target': 0.58,
+        'first': 6,
+        'rounds': 3,
+        'runs': 3,
+    },
+    'smoke': {
+        'hyp': [*NARROW, 'opt.batch_size=50'],
+        'images': 200,
+        'target': 0.2,
+        'first': 2,
+        'rounds': 2,
+        'runs': 1,
+    },
 }
-SCALES['small']['hyp'] = [*NARROW, 'opt.batch_size=250']
-SCALES['smoke']['hyp'] = [*NARROW, 'opt.batch_size=50']
 
 # What is set where a feature is missing.
 WITHOUT = {
@@ -92,7 +111,7 @@ def train(cell, seed, place):
     changes = [change for name in FEATURES if name not in has for change in WITHOUT[name]]
     changes.append(f'opt.train_epochs={cell["epochs"]}')
     hyp = airbench94.override(airbench94.hyp, [*settings['hyp'], *changes])
-    loader = place.training(hyp, settings.get('images'), FlipLoader)
+    loader = place.training(hyp, settings['images'], FlipLoader)
     loader.flips = 'alternating' if 'alternating flip' in has else 'random'
     loader.replaced = False
     conv = airbench94.Conv if 'identity initialization' in has else PlainConv
@@ -202,14 +221,14 @@ def draw(found, target, stem):
     save_both(figure, stem)
 
 
-def show(records, folder):
-    target = SCALES[read_config(folder)['scale']]['target']
+def show(config, records, folder):
+    target = SCALES[config['scale']]['target']
     found = found_epochs(records, target)
     print_table(found, target)
     draw(found, target, folder / 'ablation')
 
 
-STUDY = Study('ablation', __doc__, plan, train, show)
+STUDY = Study('ablation', __doc__, SCALES, plan, train, show)
 
 if __name__ == '__main__':
     sys.exit(run_study(STUDY))

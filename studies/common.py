@@ -1,10 +1,12 @@
 """What the studies share: their calls, the user's mistakes, trained cells, and pictures.
 
 A study trains networks in several cells, the settings that it compares, with several seeds each.
-Every network's record is a JSON file in OUT/cells. Tables and pictures are made of those alone.
+Every network's record is a JSON file in OUT/cells; OUT/study.json has all of them. Tables and
+pictures are made of either alone.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -94,13 +96,15 @@ class Place:
 class Study:
     """A study's parts.
 
+    scales: the settings of each scale, in JSON's types; 'small', 'paper', 'smoke', and others.
     plan(scale, records) lists the networks that are wanted so far, as (cell, seed): all at once, or
     the next ones once it knows the records of the first. train(cell, seed, place) makes one's
-    record. show(records, folder) prints the table and draws the pictures.
+    record. show(config, records, folder) prints the table, and draws the pictures into the folder.
     """
 
     name: str
     about: str
+    scales: dict
     plan: Callable
     train: Callable
     show: Callable
@@ -111,21 +115,33 @@ def cell_file(folder, cell, seed):
     return folder / 'cells' / f'{settings}-seed={seed}.json'
 
 
+def read_json(file):
+    """What a file holds. Raises UserError if it is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f'{file}: is damaged; delete it, and it is made again') from error
+
+
 def read_cells(folder):
     """The records that are there, with their 'cell' and 'seed'. Raises UserError for others."""
-    records = []
-    for file in sorted((folder / 'cells').glob('*.json')):
-        try:
-            record = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f'{file}: is damaged; delete it, and it is made again') from error
-        records.append(record)
-    return records
+    return [read_json(file) for file in sorted((folder / 'cells').glob('*.json'))]
 
 
-def read_config(folder):
-    """What all records of a folder have in common: 'study', 'scale', 'data' and 'dtype'."""
-    return json.loads((folder / 'config.json').read_text())
+def read_study(folder):
+    """(what all records have in common, the records), of the cells, or else of study.json.
+
+    Raises UserError if the folder has neither.
+    """
+    if not (folder / 'cells').is_dir() and (folder / 'study.json').exists():
+        config = read_json(folder / 'study.json')
+        return config, config.pop('records')
+    records = read_cells(folder)
+    if not records:
+        raise UserError(f'{folder}: holds no records of a study; choose another --out')
+    config = read_json(folder / 'config.json')
+    airbench94.write_json(folder / 'study.json', config | {'records': records})
+    return config, records
 
 
 def in_cell(records, **settings):
@@ -170,7 +186,7 @@ def run_study(study, argv=None):
     name = f'studies.{study.name}'
     parser = Parser(f'python -m {name}', study.about)
     add = parser.add_argument
-    add('--scale', choices=('small', 'paper', 'smoke'), default='small')
+    add('--scale', choices=study.scales, default='small')
     add('--out', type=Path, help='folder of the records; the same line again goes on')
     add('--data', help="folder of a set, or 'digits' (default: cifar10, downloaded into it)")
     add('--device', help='cuda, cuda:1, mps or cpu (default: the best that is there)')
@@ -182,14 +198,21 @@ def run_study(study, argv=None):
         folder = args.out or Path('logs', f'{study.name}-{args.scale}')
         if not args.show:
             train_cells(study, args, folder)
-        records = read_cells(folder)
-        if not records:
-            raise UserError(f'{folder}: holds no records of a study; choose another --out')
         if airbench94.is_first_process():
-            study.show(records, folder)
+            config, records = read_study(folder)
+            study.show(config, records, folder)
 
     airbench94.keep_freed_memory()
     return exit_code(name, call, argv)
+
+
+def digest_of(loaders):
+    """SHA-256 of the images and labels of some loaders, as a hexadecimal number."""
+    digest = hashlib.sha256()
+    for loader in loaders:
+        digest.update(loader.images.cpu().numpy())
+        digest.update(loader.labels.cpu().numpy())
+    return digest.hexdigest()
 
 
 def train_cells(study, args, folder):
@@ -200,11 +223,19 @@ def train_cells(study, args, folder):
     if data is None:
         data = 'cifar10'
         airbench94.download_cifar10(data)
-    config = {'study': study.name, 'scale': args.scale, 'data': {'path': data}, 'dtype': str(dtype)}
-    airbench94.open_log(folder, config)
-    (folder / 'cells').mkdir(exist_ok=True)
     options = {'device': device, 'dtype': dtype}
     loaders = [airbench94.CifarLoader(data, train, 1000, **options) for train in (True, False)]
+    airbench94.open_log(
+        folder,
+        {
+            'study': study.name,
+            'scale': args.scale,
+            'settings': study.scales[args.scale],
+            'data': {'path': data, 'sha256': digest_of(loaders)},
+            'dtype': str(dtype),
+        },
+    )
+    (folder / 'cells').mkdir(exist_ok=True)
     place = Place(args.scale, folder, *loaders)
     print(f'{study.name}, {args.scale} scale, on {device}; records in {folder}', flush=True)
     while True:

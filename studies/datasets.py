@@ -29,18 +29,27 @@ from studies.common import (
     exit_code,
     in_cell,
     mean_and_interval,
-    read_config,
     run_study,
 )
 
+NARROW = ['net.widths.block1=16', 'net.widths.block2=32', 'net.widths.block3=64']
 SCALES = {
-    'paper': {'runs': 10, 'hyp': []},
-    'small': {'runs': 3, 'images': 10_000},
-    'smoke': {'runs': 2, 'images': 200},
+    'paper': {
+        'hyp': [],
+        'images': None,  # of the training set: all
+        'runs': 10,
+    },
+    'small': {
+        'hyp': [*NARROW, 'opt.train_epochs=8', 'opt.batch_size=250', 'net.tta_level=1'],
+        'images': 10_000,
+        'runs': 3,
+    },
+    'smoke': {
+        'hyp': [*NARROW, 'opt.train_epochs=1', 'opt.batch_size=50', 'net.tta_level=1'],
+        'images': 200,
+        'runs': 2,
+    },
 }
-NARROW = ['net.widths.block1=32', 'net.widths.block2=64', 'net.widths.block3=64']
-SCALES['small']['hyp'] = [*NARROW, 'opt.train_epochs=8', 'opt.batch_size=250']
-SCALES['smoke']['hyp'] = [*NARROW, 'opt.train_epochs=1', 'opt.batch_size=50', 'net.tta_level=1']
 
 # Table 5, in percent: (set, cutout): (ResNet-18 without TTA, from the literature; airbench96)
 PUBLISHED = {
@@ -126,15 +135,15 @@ def train(cell, seed, place):
     if place.train_loader.classes == list('0123456789'):
         changes.append('aug.flip=False')
     hyp = airbench96.override(airbench96.hyp, [*settings['hyp'], *changes])
-    net = place.train(airbench96, place.training(hyp, settings.get('images')), hyp, seed)
+    net = place.train(airbench96, place.training(hyp, settings['images']), hyp, seed)
     return place.accuracies(net, hyp['net']['tta_level'])
 
 
 #### Table #########################################################################################
 
 
-def show(records, folder):
-    name = Path(read_config(folder)['data']['path']).name
+def show(config, records, folder):
+    name = Path(config['data']['path']).name
     print(f'{name}: accuracy in %, with the 95% interval of its mean')
     print('                                                    of the paper:')
     print('cutout    n       without TTA          with TTA   ResNet-18 airbench96')
@@ -151,7 +160,7 @@ def show(records, folder):
         print(row)
 
 
-STUDY = Study('datasets', __doc__, plan, train, show)
+STUDY = Study('datasets', __doc__, SCALES, plan, train, show)
 
 
 def write(argv):

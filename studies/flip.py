@@ -1,6 +1,6 @@
 """Alternating flip against random flip and none (Jordan 2024, Tables 1, 2 and 6, Figures 1 and 5).
 
-    python -m studies.flip                                  # in three hours, on two CPU cores
+    python -m studies.flip                                  # in an hour, on two CPU cores
     torchrun --nproc_per_node=8 -m studies.flip --scale paper --out logs/flip --data cifar10
     python -m studies.flip --show --out logs/flip           # the table and the pictures again
 
@@ -11,8 +11,9 @@ error of alternating flip, by a power law fitted to its errors, over the epochs 
 "Replaced" epochs draw the images with replacement, and do not reshuffle them (Table 1).
 
 --scale paper is Table 6 for airbench94, n=400: about 5000 PFLOP a row of four numbers of epochs
-and three kinds of flip, or 13 A100-hours, at 0.36 PFLOP in 3.29 seconds. --scale small trains a
-narrow network on a tenth of the images.
+and three kinds of flip, or 13 A100-hours, at 0.36 PFLOP in 3.29 seconds. --scale paper95 and
+paper96 are the same for airbench95 and for airbench96 with cutout, of which the paper has the
+speedups. --scale small trains a narrow network on a tenth of the images.
 """
 
 import sys
@@ -24,6 +25,8 @@ import scipy.stats
 import torch
 
 import airbench94
+import airbench95
+import airbench96
 from studies.common import (
     COLOURS,
     Study,
@@ -32,21 +35,42 @@ from studies.common import (
     in_cell,
     mean_and_interval,
     new_figure,
-    read_config,
     run_study,
     save_both,
     whole_seeds,
 )
 
+SCRIPTS = {'airbench94': airbench94, 'airbench95': airbench95, 'airbench96': airbench96}
 FLIPS = ['none', 'random', 'alternating']
-NARROW = ['net.widths.block1=16', 'net.widths.block2=64', 'net.widths.block3=64']
+NARROW = ['net.widths.block1=8', 'net.widths.block2=32', 'net.widths.block3=64']
 SCALES = {
-    'paper': {'epochs': [10, 20, 40, 80], 'cutouts': [0, 12], 'runs': 400, 'hyp': []},
-    'small': {'epochs': [5, 10, 20], 'cutouts': [0], 'runs': 12, 'images': 5000},
-    'smoke': {'epochs': [1, 2, 3], 'cutouts': [0], 'runs': 2, 'images': 200},
+    'paper': {
+        'script': 'airbench94',
+        'hyp': [],
+        'images': None,  # of the training set: all
+        'epochs': [10, 20, 40, 80],
+        'cutouts': [0, 12],
+        'runs': 400,
+    },
+    'small': {
+        'script': 'airbench94',
+        'hyp': [*NARROW, 'opt.batch_size=250', 'net.tta_level=1'],
+        'images': 5000,
+        'epochs': [4, 8, 16],
+        'cutouts': [0],
+        'runs': 12,
+    },
+    'smoke': {
+        'script': 'airbench94',
+        'hyp': [*NARROW, 'opt.batch_size=50', 'net.tta_level=1'],
+        'images': 200,
+        'epochs': [1, 2, 3],
+        'cutouts': [0],
+        'runs': 2,
+    },
 }
-SCALES['small']['hyp'] = [*NARROW, 'opt.batch_size=250']
-SCALES['smoke']['hyp'] = [*NARROW, 'opt.batch_size=50', 'net.tta_level=1']
+SCALES['paper95'] = SCALES['paper'] | {'script': 'airbench95'}
+SCALES['paper96'] = SCALES['paper'] | {'script': 'airbench96', 'cutouts': [12]}
 
 # Mean accuracy in percent of airbench94, n=400, of each of FLIPS: Table 6.
 # (epochs, cutout, whether with TTA)
@@ -68,6 +92,10 @@ PUBLISHED = {
     (40, 12, True): (94.3090, 94.8511, 94.8960),
     (80, 12, True): (94.5253, 95.1839, 95.2362),
 }
+
+# Speedup of airbench96 in percent at 10, 20, 40 and 80 epochs, with cutout: Table 2.
+# (whether with TTA)
+PUBLISHED_96 = {False: (4.94, 8.99, 17.2, 18.8), True: (1.11, 3.58, 6.48, None)}
 
 
 class FlipLoader(airbench94.CifarLoader):
@@ -112,11 +140,12 @@ def train(cell, seed, place):
     """A network's accuracies, in [0, 1], without and with test-time augmentation."""
     settings = SCALES[place.scale]
     changes = [f'opt.train_epochs={cell["epochs"]}', f'aug.cutout={cell["cutout"]}']
-    hyp = airbench94.override(airbench94.hyp, [*settings['hyp'], *changes])
-    loader = place.training(hyp, settings.get('images'), FlipLoader)
+    script = SCRIPTS[settings['script']]
+    hyp = script.override(script.hyp, [*settings['hyp'], *changes])
+    loader = place.training(hyp, settings['images'], FlipLoader)
     loader.flips = cell['flip']
     loader.replaced = cell['replaced']
-    net = place.train(airbench94, loader, hyp, seed)
+    net = place.train(script, loader, hyp, seed)
     return place.accuracies(net, hyp['net']['tta_level'])
 
 
@@ -152,6 +181,23 @@ def speedup(epochs, errors, at, error):
     return ((error - c) / b) ** (1 / a) / at - 1
 
 
+def speedups(epochs, random, alternating):
+    """The speedup at each of `epochs`, by the mean errors (seeds, epochs) of both."""
+    means = random.mean(0)
+    pairs = zip(epochs, alternating.mean(0))
+    return np.array([speedup(epochs, means, at, error) for at, error in pairs])
+
+
+def speedup_intervals(epochs, random, alternating, resamples=200):
+    """The 95% interval of each speedup, by bootstrap over the seeds: (2, epochs)."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(resamples):
+        seeds = rng.integers(len(random), size=len(random))
+        found.append(speedups(epochs, random[seeds], alternating[seeds]))
+    return np.percentile(found, [2.5, 97.5], axis=0, method='nearest')  # some are infinite
+
+
 #### Table and pictures ############################################################################
 
 
@@ -165,57 +211,75 @@ def settings_of(records, name):
     return sorted({record['cell'][name] for record in records})
 
 
+def curves_of(records, key, cutout):
+    """(epochs, errors in percent (seeds, epochs) with each of FLIPS)."""
+    of = {'cutout': cutout, 'replaced': False}
+    epochs = settings_of(in_cell(records, **of), 'epochs')
+    curves = {}
+    for flip in FLIPS:
+        columns = [errors_of(records, key, flip=flip, epochs=e, **of) for e in epochs]
+        curves[flip] = np.stack(columns, axis=1)
+    return epochs, curves
+
+
 def print_table(records):
-    print('accuracy in %, with the 95% interval of its mean; p of "alternating is not better"')
-    print('                                                                    of the paper:')
+    n = len({record['seed'] for record in records})
     kinds = ''.join(f'{flip:>16}' for flip in FLIPS)
-    print(f'epochs cutout TTA    n{kinds}       p speedup   random altern. speedup')
+    print(f'accuracy in %, n={n}, with the 95% interval of its mean')
+    print('p: of "alternating is not better than random"')
+    print(f'epochs cutout TTA{kinds}       p speedup (95%)')
     for cutout in settings_of(records, 'cutout'):
         for key in ('val_acc', 'tta_val_acc'):
-            for epochs in settings_of(records, 'epochs'):
-                print_row(records, key, epochs, cutout)
+            print_rows(records, key, cutout)
     print('\nwith TTA, one number of epochs:   random flip    alternating flip')
     for replaced in (True, False):
         row = 'drawn with replacement' if replaced else 'reshuffled'
+        row = f'{row:30}'
         for flip in FLIPS[1:]:
             epochs = settings_of(records, 'epochs')[0]
             cell = {'epochs': epochs, 'cutout': 0, 'flip': flip, 'replaced': replaced}
             mean, half = mean_and_interval(errors_of(records, 'tta_val_acc', **cell))
-            row = f'{row:30} {100 - mean:8.2f} +-{half:5.2f}'
+            row += f'{100 - mean:8.2f} +-{half:5.2f}'
         print(row)
     print('of the paper (Table 1):       93.40 and 93.48, drawn with replacement; 93.92 and 94.01')
 
 
-def print_row(records, key, epochs, cutout):
-    of = {'epochs': epochs, 'cutout': cutout, 'replaced': False}
-    errors = {flip: errors_of(records, key, flip=flip, **of) for flip in FLIPS}
-    has_tta = key == 'tta_val_acc'
-    row = f'{epochs:6} {cutout:6} {"yes" if has_tta else "no":>3} {len(errors["none"]):4}'
-    for flip in FLIPS:
-        mean, half = mean_and_interval(errors[flip])
-        row += f'{100 - mean:9.2f} +-{half:5.2f}'
-    # Networks of the same seed begin alike, and see the images in the same order.
-    test = scipy.stats.ttest_rel(errors['alternating'], errors['random'], alternative='less')
-    row += f'{test.pvalue:8.2g} {speedup_at(records, key, epochs, cutout):7.1%}'
-    published = PUBLISHED.get((epochs, cutout, has_tta))
-    if published:
-        row += f'  {published[1]:7.2f} {published[2]:7.2f}'
-        row += f' {published_speedup(epochs, cutout, has_tta):7.1%}'
-    print(row)
+def print_rows(records, key, cutout):
+    epochs, curves = curves_of(records, key, cutout)
+    random, alternating = curves['random'], curves['alternating']
+    fastest = speedups(epochs, random, alternating)
+    low, high = speedup_intervals(epochs, random, alternating)
+    name = f'{cutout:6} {"yes" if key == "tta_val_acc" else "no":>3}'
+    for i, at in enumerate(epochs):
+        row = f'{at:6} {name}'
+        for flip in FLIPS:
+            mean, half = mean_and_interval(curves[flip][:, i])
+            row += f'{100 - mean:9.2f} +-{half:5.2f}'
+        row += f'{p_of_alternating(random[:, i], alternating[:, i]):8.2g}'
+        print(f'{row} {fastest[i]:7.0%} ({low[i]:.0%} to {high[i]:.0%})')
+    gain, half = mean_and_interval((random - alternating).mean(1))
+    p = p_of_alternating(random.mean(1), alternating.mean(1))
+    print(f'   all {name}   alternating over random: {gain:+.2f} +-{half:.2f}, p={p:.2g}')
 
 
-def curve_of(records, key, flip, cutout):
-    """(epochs, mean error in percent of each, half of each interval)."""
-    of = {'flip': flip, 'cutout': cutout, 'replaced': False}
-    epochs = settings_of(in_cell(records, **of), 'epochs')
-    points = [mean_and_interval(errors_of(records, key, epochs=e, **of)) for e in epochs]
-    return epochs, *np.array(points).T
+def p_of_alternating(random, alternating):
+    """The paired test's: networks of a seed begin alike, and see images in the same order."""
+    return scipy.stats.ttest_rel(alternating, random, alternative='less').pvalue
 
 
-def speedup_at(records, key, epochs, cutout):
-    all_epochs, errors, _ = curve_of(records, key, 'random', cutout)
-    _, ours, _ = curve_of(records, key, 'alternating', cutout)
-    return speedup(all_epochs, errors, epochs, ours[all_epochs.index(epochs)])
+def print_published(script):
+    if script == 'airbench96':
+        print('\nspeedups in % of the paper (Table 2), at 10, 20, 40 and 80 epochs:')
+        for has_tta, percents in PUBLISHED_96.items():
+            print('  with TTA:   ' if has_tta else '  without TTA:', *percents)
+    if script == 'airbench94':
+        kinds = ''.join(f'{flip:>12}' for flip in FLIPS)
+        print('\nof the paper, airbench94, n=400 (Table 6; the speedup is of the same power law):')
+        print(f'epochs cutout TTA{kinds} speedup')
+        for (epochs, cutout, has_tta), accuracies in PUBLISHED.items():
+            row = f'{epochs:6} {cutout:6} {"yes" if has_tta else "no":>3}'
+            row += ''.join(f'{accuracy:12.2f}' for accuracy in accuracies)
+            print(f'{row} {published_speedup(epochs, cutout, has_tta):7.1%}')
 
 
 def published_speedup(epochs, cutout, has_tta):
@@ -232,13 +296,13 @@ def draw_curves(records, stem):
     grid = figure.subplots(len(cutouts), 2, squeeze=False)
     for axes_of_cutout, cutout in zip(grid, cutouts):
         for axes, key in zip(axes_of_cutout, ('val_acc', 'tta_val_acc')):
+            epochs, curves = curves_of(records, key, cutout)
             for flip, colour, aside in zip(FLIPS, COLOURS, (0.98, 1, 1.02)):
-                epochs, errors, halves = curve_of(records, key, flip, cutout)
                 x = aside * np.array(epochs)
-                axes.errorbar(x, errors, halves, fmt='o', color=colour, label=flip, capsize=3)
-            epochs, errors, _ = curve_of(records, key, 'random', cutout)
+                points = np.array([mean_and_interval(errors) for errors in curves[flip].T])
+                axes.errorbar(x, *points.T, fmt='o', color=colour, label=flip, capsize=3)
             x = np.geomspace(min(epochs), max(epochs), 100)
-            law = power_law(x, *fit_power_law(epochs, errors))
+            law = power_law(x, *fit_power_law(epochs, curves['random'].mean(0)))
             axes.plot(x, law, color=COLOURS[1], linewidth=1, label='power law of random')
             title = 'with TTA' if key == 'tta_val_acc' else 'without TTA'
             axes.set(xlabel='epochs', ylabel='test error (%)', xscale='log', title=title)
@@ -270,16 +334,17 @@ def draw_strip(stem, seed=1, epochs=6):
     save_both(figure, stem)
 
 
-def show(records, folder):
-    records = whole_seeds(records, plan(read_config(folder)['scale'], []))
+def show(config, records, folder):
+    records = whole_seeds(records, plan(config['scale'], []))
     if not records:
         raise UserError(f'{folder}: no seed has all its networks yet; train on, then --show')
     print_table(records)
+    print_published(config['settings']['script'])
     draw_curves(records, folder / 'flip')
     draw_strip(folder / 'strip')
 
 
-STUDY = Study('flip', __doc__, plan, train, show)
+STUDY = Study('flip', __doc__, SCALES, plan, train, show)
 
 if __name__ == '__main__':
     sys.exit(run_study(STUDY))

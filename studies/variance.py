@@ -42,12 +42,28 @@ from studies.common import (
 )
 
 SCALES = {
-    'paper': {'epochs': 9.9, 'runs': 10_000, 'widths': (64, 256, 256), 'hyp': []},
-    'small': {'epochs': 8, 'runs': 30, 'widths': (16, 64, 64), 'images': 5000},
-    'smoke': {'epochs': 1, 'runs': 3, 'widths': (16, 64, 64), 'images': 200},
+    'paper': {
+        'hyp': [],
+        'images': None,  # of the training set: all
+        'widths': [64, 256, 256],
+        'epochs': 9.9,
+        'runs': 10_000,
+    },
+    'small': {
+        'hyp': ['opt.batch_size=250', 'net.tta_level=1'],
+        'images': 5000,
+        'widths': [8, 32, 64],
+        'epochs': 4,
+        'runs': 24,
+    },
+    'smoke': {
+        'hyp': ['opt.batch_size=50', 'net.tta_level=1'],
+        'images': 200,
+        'widths': [8, 32, 64],
+        'epochs': 1,
+        'runs': 3,
+    },
 }
-SCALES['small']['hyp'] = ['opt.batch_size=250']
-SCALES['smoke']['hyp'] = ['opt.batch_size=50', 'net.tta_level=1']
 
 # Factors of (epochs, width).
 CELLS = [(1, 1), (2, 1), (1.5, 1.5)]
@@ -83,7 +99,7 @@ def train(cell, seed, place):
     changes = [f'net.widths.block{i}={width}' for i, width in enumerate(widths, 1)]
     changes.append(f'opt.train_epochs={cell["epochs"] * settings["epochs"]}')
     hyp = airbench94.override(airbench94.hyp, [*settings['hyp'], *changes])
-    loader = place.training(hyp, settings.get('images'))
+    loader = place.training(hyp, settings['images'])
     net = place.train(airbench94, loader, hyp, seed)
     logits = {
         'plain': airbench94.infer(net, place.test_loader, 0),
@@ -197,7 +213,7 @@ def draw_histograms(described, stem):
     save_both(figure, stem)
 
 
-def show(records, folder):
+def show(config, records, folder):
     described = {}
     for kind in ('plain', 'tta'):
         for epochs, width in CELLS:
@@ -210,7 +226,7 @@ def show(records, folder):
     draw_histograms(described, folder / 'variance')
 
 
-STUDY = Study('variance', __doc__, plan, train, show)
+STUDY = Study('variance', __doc__, SCALES, plan, train, show)
 
 if __name__ == '__main__':
     sys.exit(run_study(STUDY))
