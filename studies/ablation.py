@@ -1,14 +1,15 @@
 """How many epochs each feature of airbench94 saves (Jordan 2024, Figure 4 and section 5.1).
 
-    python -m studies.ablation                              # in hours, on two CPU cores
+    python -m studies.ablation                              # in an hour, on two CPU cores
     torchrun --nproc_per_node=8 -m studies.ablation --scale paper --out logs/ablation --data cifar10
     python -m studies.ablation --show --out logs/ablation   # the table and the picture again
 
 Epochs to the target are searched for the final recipe without a feature, and for the whitened
 baseline with it: twice the epochs while the mean of some networks is below the target, half of them
 while it is above, then the geometric mean of the two epochs that enclose it. The result comes of
-the straight line, in logarithms, through the errors at all epochs that were tried. The baseline has
-whitening alone; whitening itself is only taken from the final recipe.
+the straight line, in logarithms, through the errors at all epochs that were tried, and its interval
+of a bootstrap over the networks. The baseline has whitening alone; whitening itself is only taken
+from the final recipe.
 
 --scale paper has the paper's target, 94%, and 25 networks at each number of epochs: about 14 * 6 *
 25 trainings, of 0.4 PFLOP and more, or two A100-hours and more. --scale small has another target,
@@ -171,38 +172,68 @@ def epochs_to(target, epochs, errors):
     return np.exp(logarithm)
 
 
-#### Table and picture #############################################################################
+def resample(errors, rng):
+    """Of {epochs: the errors of networks}: as many of them, drawn with replacement."""
+    return {epochs: rng.choice(values, len(values)) for epochs, values in errors.items()}
 
 
-def found_epochs(records, target):
-    """{(start, feature): epochs to the target}, of those for which two or more have been tried."""
+def epochs_of(errors, target):
+    """epochs_to of {epochs: the errors of networks}."""
+    epochs = [epochs for epochs, values in errors.items() for _ in values]
+    return epochs_to(target, epochs, np.concatenate(list(errors.values())))
+
+
+def found_epochs(records, target, resamples=200):
+    """{(start, feature): epochs to the target, then those of `resamples` bootstraps}.
+
+    Of those for which two or more numbers of epochs have been tried.
+    """
+    rng = np.random.default_rng(0)
     found = {}
     for start, feature in variants():
-        part = in_cell(records, start=start, feature=feature)
-        epochs = [record['cell']['epochs'] for record in part]
-        if len(set(epochs)) > 1:
-            errors = [1 - record['tta_val_acc'] for record in part]
-            found[start, feature] = epochs_to(target, epochs, errors)
+        errors = {}
+        for record in in_cell(records, start=start, feature=feature):
+            errors.setdefault(record['cell']['epochs'], []).append(1 - record['tta_val_acc'])
+        if len(errors) < 2:
+            continue
+        samples = [errors, *(resample(errors, rng) for _ in range(resamples))]
+        found[start, feature] = np.array([epochs_of(sample, target) for sample in samples])
     return found
 
 
+def value_and_interval(samples):
+    """(the first sample, the ends of the 95% interval of all); NaN if the first is."""
+    if np.isnan(samples[0]):
+        return np.nan, np.nan, np.nan
+    return samples[0], *np.nanpercentile(samples, [2.5, 97.5])
+
+
 def savings(found, feature):
-    """(epochs that a feature saves the final recipe, and the baseline); NaN where not known."""
-    final = found.get(('final', feature), np.nan) - found.get(('final', 'none'), np.nan)
-    baseline = found.get(('baseline', 'none'), np.nan) - found.get(('baseline', feature), np.nan)
-    return final, baseline
+    """What a feature saves (the final recipe, the baseline), in epochs, each with its interval."""
+    unknown = np.array([np.nan])
+    final = found.get(('final', feature), unknown) - found.get(('final', 'none'), unknown)
+    baseline = found.get(('baseline', 'none'), unknown) - found.get(('baseline', feature), unknown)
+    return value_and_interval(final), value_and_interval(baseline)
+
+
+#### Table and picture #############################################################################
 
 
 def print_table(found, target):
-    print(f'epochs to {100 * target:.0f}%        final recipe without   whitened baseline with')
+    print(f'epochs to {100 * target:.0f}%, with the 95% interval')
+    print('                         final recipe without   whitened baseline with')
     for feature in ['none', *FEATURES]:
         row = f'{feature:24}'
         for start in ('final', 'baseline'):
-            epochs = found.get((start, feature), np.nan)
-            row += f'{"-":>10}' if np.isnan(epochs) else f'{epochs:10.1f}'
-            published = PUBLISHED.get((start, feature))
-            row += f' (paper: {published})'.ljust(14) if published else ' ' * 14
+            cell = '     -'
+            if (start, feature) in found:
+                epochs, low, high = value_and_interval(found[start, feature])
+                cell = f'{epochs:6.1f} ({low:.1f} to {high:.1f})'
+            row += f'{cell:24}'
         print(row.rstrip())
+    print('of the paper, to 94%:')
+    for (start, feature), epochs in PUBLISHED.items():
+        print(f'  {start}, {feature}: {epochs}')
 
 
 def draw(found, target, stem):
@@ -211,8 +242,11 @@ def draw(found, target, stem):
     axes = figure.subplots()
     places = np.arange(len(FEATURES))
     saved = np.array([savings(found, feature) for feature in FEATURES])
-    axes.barh(places - 0.2, saved[:, 0], 0.38, color=COLOURS[0], label='to the final recipe')
-    axes.barh(places + 0.2, saved[:, 1], 0.38, color=COLOURS[1], label='to the whitened baseline')
+    for start, name in enumerate(('final recipe', 'whitened baseline')):
+        values, low, high = saved[:, start].T
+        at = places + 0.4 * (start - 0.5)
+        axes.barh(at, values, 0.38, color=COLOURS[start], label=f'to the {name}')
+        axes.hlines(at, low, high, color='black', linewidth=1)
     axes.set_yticks(places, FEATURES)
     axes.set_ylim(len(FEATURES) - 0.5, -0.5)
     axes.axvline(0, color='black', linewidth=0.8)
@@ -222,7 +256,7 @@ def draw(found, target, stem):
 
 
 def show(config, records, folder):
-    target = SCALES[config['scale']]['target']
+    target = config['settings']['target']
     found = found_epochs(records, target)
     print_table(found, target)
     draw(found, target, folder / 'ablation')

@@ -1,6 +1,6 @@
 """How accuracies vary between runs, and whether networks are calibrated (Jordan 2024, Table 4).
 
-    python -m studies.variance                              # in hours, on two CPU cores
+    python -m studies.variance                              # in half an hour, on two CPU cores
     torchrun --nproc_per_node=8 -m studies.variance --scale paper --out logs/variance
     python -m studies.variance --show --out logs/variance   # the table and the pictures again
 
@@ -19,7 +19,8 @@ the table gives, without and with test-time augmentation (section 5.3):
 
 --scale paper trains 10,000 networks in each of three cells: 14,000 PFLOP, or 37 A100-hours, at
 0.36 PFLOP in 3.29 seconds. --scale small trains a narrow network on a tenth of the images. The
-test logits lie beside the records, in half precision, 400 kB a network.
+test logits lie beside the records, in half precision, 400 kB a network; OUT/votes.npz counts how
+many networks vote for each class of each image, and is enough for table and pictures.
 """
 
 import io
@@ -67,6 +68,7 @@ SCALES = {
 
 # Factors of (epochs, width).
 CELLS = [(1, 1), (2, 1), (1.5, 1.5)]
+KINDS = ('plain', 'tta')  # of logits: without and with test-time augmentation
 
 # Table 4, n=10,000: (accuracy, test-set and distribution-wise deviation in percent, CACE).
 PUBLISHED = {
@@ -120,15 +122,16 @@ def train(cell, seed, place):
 #### Estimates #####################################################################################
 
 
-def distribution_variance(correct):
+def distribution_variance(accuracies, shares):
     """The variance of the networks' accuracies on infinitely many images, without bias.
 
-    correct: bool (networks, images), whether each network is right about each image.
+    accuracies: (networks,), in [0, 1]. shares: (images,), of the networks that are right.
     """
-    images = correct.shape[1]
-    of_test_set = correct.mean(1).var(ddof=1)
-    of_images = correct.var(0, ddof=1).sum() / images**2  # what chance alone would give
-    return (of_test_set - of_images) * images / (images - 1)
+    networks, images = len(accuracies), len(shares)
+    of_test_set = accuracies.var(ddof=1)
+    of_images = networks / (networks - 1) * (shares * (1 - shares)).sum()
+    by_chance = of_images / images**2
+    return (of_test_set - by_chance) * images / (images - 1)
 
 
 def calibration_error(votes, labels):
@@ -142,6 +145,27 @@ def calibration_error(votes, labels):
     return np.abs(gaps).sum() / len(labels)
 
 
+def p_of_deviation(larger, smaller):
+    """p of "the deviation of `smaller` is not smaller", of pairs, by Pitman's and Morgan's test."""
+    pairs = scipy.stats.pearsonr(larger + smaller, larger - smaller, alternative='greater')
+    return pairs.pvalue
+
+
+def p_of_calibration(larger, smaller, labels, resamples=200):
+    """p of "the calibration error of the votes `smaller` is not smaller", by bootstrap over images.
+
+    larger, smaller: (images, classes), shares of the networks.
+    """
+    rng = np.random.default_rng(0)
+    contrary = 1  # so that p is never 0
+    for _ in range(resamples):
+        images = rng.integers(len(labels), size=len(labels))
+        high = calibration_error(larger[images], labels[images])
+        low = calibration_error(smaller[images], labels[images])
+        contrary += high <= low
+    return contrary / (resamples + 1)
+
+
 def runs_needed(effect, deviation, p=0.05):
     """How many runs show that an effect on the mean is no chance, on average (section 1).
 
@@ -153,24 +177,44 @@ def runs_needed(effect, deviation, p=0.05):
 #### Table and pictures ############################################################################
 
 
-def describe(records, folder, kind):
-    """What the table says of a cell's networks; kind: 'plain', or 'tta'."""
-    predictions = []
+def count_votes(records, folder, kind):
+    """(int (images, classes): how many networks vote for it; int (images,): labels)."""
+    votes = 0
     for record in records:
         with np.load(logits_file(folder, record['cell'], record['seed'])) as arrays:
             labels = arrays['labels']
             classes = arrays[kind].shape[1]
-            predictions.append(arrays[kind].argmax(1))
-    predictions = np.array(predictions)
-    correct = predictions == labels
-    votes = np.stack([(predictions == k).mean(0) for k in range(classes)], axis=1)
-    accuracies = 100 * correct.mean(1)
+            votes = votes + np.eye(classes, dtype=np.uint16)[arrays[kind].argmax(1)]
+    return votes, labels
+
+
+def read_votes(folder, cells):
+    """The arrays of votes.npz, which is made anew of the logits if these are there."""
+    file = folder / 'votes.npz'
+    if (folder / 'cells').is_dir():
+        arrays = {}
+        for cell, records in cells.items():
+            for kind in KINDS:
+                arrays[f'{cell} {kind}'], arrays['labels'] = count_votes(records, folder, kind)
+        content = io.BytesIO()
+        np.savez_compressed(content, **arrays)
+        airbench94.write_atomically(file, content.getvalue())
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
+def describe(records, votes, labels, kind):
+    """What the table says of a cell's networks; kind: one of KINDS."""
+    key = {'plain': 'val_acc', 'tta': 'tta_val_acc'}[kind]
+    accuracies = np.array([record[key] for record in records])
+    shares = votes / len(records)
+    right = shares[np.arange(len(labels)), labels]
     return {
-        'n': len(records),
-        'accuracies': accuracies,
-        'deviation': accuracies.std(ddof=1),
-        'distribution': 1e4 * distribution_variance(correct),  # percent, squared
-        'calibration': calibration_error(votes, labels),
+        'accuracies': 100 * accuracies,
+        'deviation': 100 * accuracies.std(ddof=1),
+        'distribution': 1e4 * distribution_variance(accuracies, right),  # percent, squared
+        'calibration': calibration_error(shares, labels),
+        'shares': shares,
     }
 
 
@@ -178,33 +222,49 @@ def print_table(described):
     print('                                    standard deviation in %:            of the paper:')
     print('epochs width  TTA     n  accuracy   test set (95%)  distribution  CACE', end='')
     print('   accuracy test set distribution   CACE')
-    for (epochs, width, kind), row in described.items():
-        n, deviation, variance = row['n'], row['deviation'], row['distribution']
-        low, high = deviation * np.sqrt((n - 1) / scipy.stats.chi2.ppf([0.975, 0.025], n - 1))
-        distribution = f'{variance**0.5:.3f}' if variance > 0 else 'below 0'
-        print(f'{epochs:5}x {width:4}x {"no" if kind == "plain" else "yes":>4} {n:5}', end=' ')
-        print(f'{row["accuracies"].mean():8.2f}%', end='  ')
-        print(f'{deviation:5.3f} ({low:.2f}-{high:.2f}) {distribution:>10}', end=' ')
-        print(f'{row["calibration"]:9.4f}', end=' ')
-        accuracy, test_set, of_distribution, calibration = PUBLISHED[epochs, width, kind]
-        print(f'{accuracy:9.2f}% {test_set:8.3f} {of_distribution:12.3f} {calibration:8.4f}')
-    first = next(iter(described.values()))['deviation']
+    for kind in KINDS:
+        for cell, rows in described.items():
+            print_row(cell, kind, rows[kind])
+
+
+def print_row(cell, kind, row):
+    n, deviation, variance = len(row['accuracies']), row['deviation'], row['distribution']
+    low, high = deviation * np.sqrt((n - 1) / scipy.stats.chi2.ppf([0.975, 0.025], n - 1))
+    distribution = f'{variance**0.5:.3f}' if variance > 0 else 'below 0'
+    epochs, width = cell
+    print(f'{epochs:5}x {width:4}x {"no" if kind == "plain" else "yes":>4} {n:5}', end=' ')
+    print(f'{row["accuracies"].mean():8.2f}%', end='  ')
+    print(f'{deviation:5.3f} ({low:.2f}-{high:.2f}) {distribution:>10}', end=' ')
+    print(f'{row["calibration"]:9.4f}', end=' ')
+    accuracy, test_set, of_distribution, calibration = PUBLISHED[epochs, width, kind]
+    print(f'{accuracy:9.2f}% {test_set:8.3f} {of_distribution:12.3f} {calibration:8.4f}')
+
+
+def print_tests(described, labels):
+    print('\nTTA, p of "it does not lower the deviation", and of "it does not raise the CACE":')
+    for (epochs, width), rows in described.items():
+        plain, tta = rows['plain'], rows['tta']
+        of_deviation = p_of_deviation(plain['accuracies'], tta['accuracies'])
+        of_calibration = p_of_calibration(tta['shares'], plain['shares'], labels)
+        print(f'{epochs:5}x {width:4}x {of_deviation:8.2g} {of_calibration:8.2g}')
+
+
+def print_runs_needed(deviation):
     print('\nruns that show a better mean with p = 0.05, at the deviation of the first row:')
     for effect in (0.02, 0.05, 0.1, 0.2, 0.5):
-        print(f'  {effect:.2f} percentage points: {runs_needed(effect, first)}')
+        print(f'  {effect:.2f} percentage points: {runs_needed(effect, deviation)}')
 
 
 def draw_histograms(described, stem):
     """Figure 6: the accuracies, and the normal distribution of their mean and deviation."""
     figure = new_figure(9, 3.2)
-    for axes, kind in zip(figure.subplots(1, 2), ('plain', 'tta')):
-        rows = {cell: row for cell, row in described.items() if cell[2] == kind}
-        for (epochs, width, _), row, colour in zip(rows, rows.values(), COLOURS):
+    for axes, kind in zip(figure.subplots(1, 2), KINDS):
+        for ((epochs, width), rows), colour in zip(described.items(), COLOURS):
             label = f'{epochs}x epochs, {width}x width'
-            accuracies = row['accuracies']
+            accuracies, deviation = rows[kind]['accuracies'], rows[kind]['deviation']
             axes.hist(accuracies, 'auto', density=True, alpha=0.5, color=colour, label=label)
-            x = accuracies.mean() + row['deviation'] * np.linspace(-4, 4, 200)
-            normal = scipy.stats.norm(accuracies.mean(), row['deviation'])
+            x = accuracies.mean() + deviation * np.linspace(-4, 4, 200)
+            normal = scipy.stats.norm(accuracies.mean(), deviation)
             axes.plot(x, normal.pdf(x), color=colour, linewidth=1)
         axes.set(xlabel='test accuracy (%)', title='without TTA' if kind == 'plain' else 'with TTA')
         axes.set_yticks([])
@@ -214,15 +274,23 @@ def draw_histograms(described, stem):
 
 
 def show(config, records, folder):
-    described = {}
-    for kind in ('plain', 'tta'):
-        for epochs, width in CELLS:
-            cell = in_cell(records, epochs=epochs, width=width)
-            if len(cell) > 1:
-                described[epochs, width, kind] = describe(cell, folder, kind)
-    if not described:
+    cells = {}
+    for epochs, width in CELLS:
+        cell = in_cell(records, epochs=epochs, width=width)
+        if len(cell) > 1:
+            cells[epochs, width] = cell
+    if not cells:
         raise UserError(f'{folder}: no cell has two networks yet')
+    votes = read_votes(folder, cells)
+    labels = votes['labels']
+    described = {}
+    for cell, networks in cells.items():
+        described[cell] = {
+            kind: describe(networks, votes[f'{cell} {kind}'], labels, kind) for kind in KINDS
+        }
     print_table(described)
+    print_tests(described, labels)
+    print_runs_needed(next(iter(described.values()))['plain']['deviation'])
     draw_histograms(described, folder / 'variance')
 
 

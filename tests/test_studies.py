@@ -1,6 +1,7 @@
 """Estimators against data whose answer is known; every study at smoke scale, killed and resumed."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from conftest import ONE_THREAD, ROOT
 from PIL import Image
 
 import airbench94
+import airbench95
+import airbench96
 from studies import ablation, common, datasets, flip, frontier, variance
 
 FEW = {'device': 'cpu', 'dtype': torch.float32}
@@ -58,6 +61,36 @@ def test_the_loader_flips_as_it_is_told():
         assert 0.4 < after.float().mean() < 0.6
 
 
+def test_speedups_have_intervals():
+    epochs = np.array([5, 10, 20])
+    rng = np.random.default_rng(4)
+    random = flip.power_law(epochs, -0.8, 20.0, 5.0) + 0.02 * rng.standard_normal((30, 3))
+    faster = flip.power_law(1.3 * epochs, -0.8, 20.0, 5.0) + 0.02 * rng.standard_normal((30, 3))
+    found = flip.speedups(epochs, random, faster)
+    low, high = flip.speedup_intervals(epochs, random, faster)
+    assert found == pytest.approx(0.3, abs=0.05)
+    assert (low < found).all() and (found < high).all() and (high - low < 0.2).all()
+    assert flip.p_of_alternating(random[:, 0], faster[:, 0]) < 1e-6
+
+
+def test_flip_trains_every_script(tmp_path, monkeypatch):
+    loaders = [airbench94.CifarLoader('digits', train, 100, **FEW) for train in (True, False)]
+    place = common.Place('smoke', tmp_path, *loaders)
+    widths = {}
+
+    def train(self, script, loader, hyp, seed):
+        widths[script] = len(hyp['net']['widths']), loader.aug['cutout']
+        return script.make_net(hyp, 10, **FEW)
+
+    monkeypatch.setattr(common.Place, 'train', train)
+    for scale in ('paper95', 'paper96'):
+        few = flip.SCALES[scale] | {'hyp': flip.SCALES['smoke']['hyp'], 'images': 200}
+        monkeypatch.setitem(flip.SCALES, 'smoke', few)
+        cell, seed = flip.plan('smoke', [])[0]
+        assert 0 < flip.train(cell, seed, place)['val_acc'] < 1
+    assert widths == {airbench95: (3, 0), airbench96: (3, 12)}
+
+
 def test_drawing_with_replacement_repeats_images():
     order = loader_with('random', replaced=True).draw(0)['order']
     assert len(order) == 1000 and 550 < len(order.unique()) < 700  # a share of 1 - 1/e, 632
@@ -71,15 +104,17 @@ def test_independent_coins_have_no_variance_in_distribution():
     correct = np.random.default_rng(0).random((400, 2000)) < 0.9
     # Test-set accuracies vary, by the square root of 0.9 * 0.1 / 2000.
     assert correct.mean(1).std(ddof=1) == pytest.approx(0.0067, rel=0.1)
-    assert abs(variance.distribution_variance(correct)) < 1e-5  # of 4.5e-5, three deviations
+    # Of 4.5e-5, three deviations.
+    assert abs(variance.distribution_variance(correct.mean(1), correct.mean(0))) < 1e-5
 
 
 def test_networks_of_different_quality_vary_in_distribution():
     rng = np.random.default_rng(1)
     quality = 0.8 + 0.05 * rng.standard_normal(400)
     correct = rng.random((400, 2000)) < quality[:, None]
-    assert variance.distribution_variance(correct) ** 0.5 == pytest.approx(0.05, rel=0.1)
-    assert variance.distribution_variance(np.repeat([[True], [False]], 9, axis=1)) == 0.5
+    found = variance.distribution_variance(correct.mean(1), correct.mean(0))
+    assert found**0.5 == pytest.approx(0.05, rel=0.1)
+    assert variance.distribution_variance(np.array([1.0, 0.0]), np.full(9, 0.5)) == 0.5
 
 
 def test_calibrated_votes_have_no_calibration_error_and_confident_ones_have():
@@ -92,6 +127,38 @@ def test_calibrated_votes_have_no_calibration_error_and_confident_ones_have():
     sure = np.tile([1.0, 0.0], (300, 1))
     labels = np.arange(300) % 3 // 2
     assert variance.calibration_error(sure, labels) == pytest.approx(2 / 3)
+
+
+def test_the_tests_find_a_smaller_deviation_and_a_smaller_calibration_error():
+    rng = np.random.default_rng(3)
+    shared = rng.standard_normal(100)
+    large, small = shared + rng.standard_normal(100), shared + 0.1 * rng.standard_normal(100)
+    assert variance.p_of_deviation(large, small) < 1e-4
+    assert variance.p_of_deviation(small, large) > 0.99
+    assert 0.01 < variance.p_of_deviation(large, large[::-1].copy()) < 0.99
+
+    votes = np.tile([0.7, 0.3], (500, 1))
+    labels = (rng.random(500) < 0.3).astype(int)
+    sure = np.tile([1.0, 0.0], (500, 1))
+    assert variance.p_of_calibration(sure, votes, labels) < 0.01
+    assert variance.p_of_calibration(votes, sure, labels) == 1
+
+
+def test_votes_are_counted_and_are_enough_without_the_logits(tmp_path):
+    cell = {'epochs': 1, 'width': 1}
+    (tmp_path / 'cells').mkdir()
+    labels = np.array([0, 1, 2])
+    for seed, predictions in enumerate(([0, 1, 2], [0, 1, 1], [0, 2, 1])):
+        logits = np.eye(3)[predictions]
+        file = variance.logits_file(tmp_path, cell, seed)
+        np.savez(file, labels=labels, plain=logits, tta=logits[:, ::-1])
+    cells = {(1, 1): [{'cell': cell, 'seed': seed} for seed in range(3)]}
+    votes = variance.read_votes(tmp_path, cells)
+    assert votes['(1, 1) plain'].tolist() == [[3, 0, 0], [0, 2, 1], [0, 2, 1]]
+    assert votes['(1, 1) tta'].tolist() == [[0, 0, 3], [1, 2, 0], [1, 2, 0]]
+    shutil.rmtree(tmp_path / 'cells')
+    again = variance.read_votes(tmp_path, cells)
+    assert all(np.array_equal(votes[name], again[name]) for name in votes)
 
 
 def test_runs_needed_are_the_papers():
@@ -155,9 +222,9 @@ def test_svhns_pixels_come_in_another_order(tmp_path, monkeypatch):
 
 
 def test_the_papers_figures_stand_beside_the_sets(tmp_path, capsys):
-    (tmp_path / 'config.json').write_text('{"data": {"path": "/somewhere/cifar100"}}')
+    config = {'data': {'path': '/somewhere/cifar100'}}
     cell = {'cell': {'cutout': 12}, 'val_acc': 0.7, 'tta_val_acc': 0.75}
-    datasets.show([cell, cell | {'tta_val_acc': 0.77}], tmp_path)
+    datasets.show(config, [cell, cell | {'tta_val_acc': 0.77}], tmp_path)
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert row[:2] == ['12', '2'] and '76.00' in row and row[-2:] == ['78.04', '79.76']
 
@@ -205,6 +272,21 @@ def test_the_fitted_line_has_the_targets_epochs():
     assert ablation.epochs_to(target, epochs, errors) == pytest.approx(20)
     assert np.isnan(ablation.epochs_to(1 - 0.5 / 70**0.7, epochs, errors))
     assert np.isnan(ablation.epochs_to(target, epochs, errors[::-1]))
+
+
+def test_what_a_feature_saves_has_an_interval():
+    rng = np.random.default_rng(5)
+    records = []
+    for feature, needed in {'none': 10, 'Lookahead': 14}.items():
+        for epochs in (8, 16):
+            for _ in range(20):
+                error = 0.4 * (needed / epochs) ** 0.5 + 0.002 * rng.standard_normal()
+                cell = {'start': 'final', 'feature': feature, 'epochs': epochs}
+                records.append({'cell': cell, 'tta_val_acc': 1 - error})
+    found = ablation.found_epochs(records, 0.6)
+    (saved, low, high), baseline = ablation.savings(found, 'Lookahead')
+    assert saved == pytest.approx(4, abs=0.2) and low < saved < high and high - low < 1
+    assert np.isnan(baseline).all()
 
 
 def test_the_plan_waits_for_a_rounds_networks():
@@ -305,6 +387,12 @@ def test_two_processes_make_a_study_which_was_killed(name, tmp_path):
     table = shown.stdout.partition('\nplot')[0]
     assert shown.returncode == 0 and table and table in outputs[0][0]
     assert outputs[1][0].count('of the paper') == 0
+
+    # study.json has all of them, for who keeps a study.
+    kept = common.read_study(out)
+    shutil.rmtree(out / 'cells')
+    assert common.read_study(out) == kept and kept[1] == records
+    assert kept[0]['settings'] == study.SCALES['smoke'] and len(kept[0]['data']['sha256']) == 64
 
 
 def test_a_records_seed_makes_the_same_network_again(tmp_path):
