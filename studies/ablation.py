@@ -107,7 +107,7 @@ def init_randomly(layer, images, eps):
 
 def train(cell, seed, place):
     """A network's accuracy, in [0, 1], with test-time augmentation."""
-    settings = SCALES[place.scale]
+    settings = place.settings
     has = features_of(cell['start'], cell['feature'])
     changes = [change for name in FEATURES if name not in has for change in WITHOUT[name]]
     changes.append(f'opt.train_epochs={cell["epochs"]}')
@@ -141,9 +141,8 @@ def next_epochs(tried, target, first):
     return round((max(below) * min(above)) ** 0.5, 1)
 
 
-def plan(scale, records):
+def plan(settings, records):
     """The networks of all rounds that are done, and of each variant's next one."""
-    settings = SCALES[scale]
     jobs = []
     for start, feature in variants():
         tried = {}
@@ -262,7 +261,7 @@ def show(config, records, folder):
     draw(found, target, folder / 'ablation')
 
 
-STUDY = Study('ablation', __doc__, SCALES, plan, train, show)
+STUDY = Study('ablation', __doc__, {'airbench94': SCALES}, plan, train, show)
 
 if __name__ == '__main__':
     sys.exit(run_study(STUDY))

@@ -62,9 +62,9 @@ def first_images(loader, n, kind=airbench94.CifarLoader):
 
 @dataclass
 class Place:
-    """Where a study trains: at one of its scales, on the images of two loaders."""
+    """Where a study trains: with the settings of a scale, on the images of two loaders."""
 
-    scale: str
+    settings: dict
     folder: Path  # of the records
     train_loader: airbench94.CifarLoader
     test_loader: airbench94.CifarLoader
@@ -96,10 +96,12 @@ class Place:
 class Study:
     """A study's parts.
 
-    scales: the settings of each scale, in JSON's types; 'small', 'paper', 'smoke', and others.
-    plan(scale, records) lists the networks that are wanted so far, as (cell, seed): all at once, or
-    the next ones once it knows the records of the first. train(cell, seed, place) makes one's
-    record. show(config, records, folder) prints the table, and draws the pictures into the folder.
+    scales: the settings of each kind of network at each scale, {net: {scale: settings}}, in JSON's
+    types. The first kind is the default; settings['net'] becomes its name.
+    plan(settings, records) lists the networks that are wanted so far, as (cell, seed): all at once,
+    or the next ones once it knows the records of the first.
+    train(cell, seed, place) makes one's record.
+    show(config, records, folder) prints the table, and draws the pictures into the folder.
     """
 
     name: str
@@ -186,7 +188,10 @@ def run_study(study, argv=None):
     name = f'studies.{study.name}'
     parser = Parser(f'python -m {name}', study.about)
     add = parser.add_argument
-    add('--scale', choices=study.scales, default='small')
+    nets = list(study.scales)
+    if len(nets) > 1:
+        add('--net', choices=nets, default=nets[0])
+    add('--scale', choices=study.scales[nets[0]], default='small')
     add('--out', type=Path, help='folder of the records; the same line again goes on')
     add('--data', help="folder of a set, or 'digits' (default: cifar10, downloaded into it)")
     add('--device', help='cuda, cuda:1, mps or cpu (default: the best that is there)')
@@ -195,9 +200,11 @@ def run_study(study, argv=None):
 
     def call(argv):
         args = parser.parse_args(argv)
-        folder = args.out or Path('logs', f'{study.name}-{args.scale}')
+        net = nets[0] if len(nets) == 1 else args.net
+        folder = args.out or Path('logs', '-'.join([study.name, net, args.scale]))
         if not args.show:
-            train_cells(study, args, folder)
+            settings = study.scales[net][args.scale] | {'net': net}
+            train_cells(study, args, settings, folder)
         if airbench94.is_first_process():
             config, records = read_study(folder)
             study.show(config, records, folder)
@@ -215,7 +222,7 @@ def digest_of(loaders):
     return digest.hexdigest()
 
 
-def train_cells(study, args, folder):
+def train_cells(study, args, settings, folder):
     """Make all that the study plans, together with other processes that have the same folder."""
     device = airbench94.pick_device(args.device)
     dtype = airbench94.pick_dtype(args.dtype, device)
@@ -230,16 +237,17 @@ def train_cells(study, args, folder):
         {
             'study': study.name,
             'scale': args.scale,
-            'settings': study.scales[args.scale],
+            'settings': settings,
             'data': {'path': data, 'sha256': digest_of(loaders)},
             'dtype': str(dtype),
         },
     )
     (folder / 'cells').mkdir(exist_ok=True)
-    place = Place(args.scale, folder, *loaders)
-    print(f'{study.name}, {args.scale} scale, on {device}; records in {folder}', flush=True)
+    place = Place(settings, folder, *loaders)
+    about = f'{study.name}, {settings["net"]}, {args.scale} scale, on {device}'
+    print(f'{about}; records in {folder}', flush=True)
     while True:
-        jobs = study.plan(args.scale, read_cells(folder))
+        jobs = study.plan(settings, read_cells(folder))
         if all(cell_file(folder, *job).exists() for job in jobs):
             return
         if make_cells(jobs, study, place, folder) == 0:

@@ -123,14 +123,14 @@ def write_set(source, dest):
 #### Training ######################################################################################
 
 
-def plan(scale, records):
+def plan(settings, records):
     cells = [{'cutout': cutout} for cutout in (0, 12)]
-    return [(cell, seed) for seed in range(SCALES[scale]['runs']) for cell in cells]
+    return [(cell, seed) for seed in range(settings['runs']) for cell in cells]
 
 
 def train(cell, seed, place):
     """A network's accuracies, in [0, 1], without and with test-time augmentation."""
-    settings = SCALES[place.scale]
+    settings = place.settings
     changes = [f'aug.cutout={cell["cutout"]}']
     if place.train_loader.classes == list('0123456789'):
         changes.append('aug.flip=False')
@@ -160,7 +160,7 @@ def show(config, records, folder):
         print(row)
 
 
-STUDY = Study('datasets', __doc__, SCALES, plan, train, show)
+STUDY = Study('datasets', __doc__, {'airbench96': SCALES}, plan, train, show)
 
 
 def write(argv):

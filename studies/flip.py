@@ -11,9 +11,8 @@ error of alternating flip, by a power law fitted to its errors, over the epochs 
 "Replaced" epochs draw the images with replacement, and do not reshuffle them (Table 1).
 
 --scale paper is Table 6 for airbench94, n=400: about 5000 PFLOP a row of four numbers of epochs
-and three kinds of flip, or 13 A100-hours, at 0.36 PFLOP in 3.29 seconds. --scale paper95 and
-paper96 are the same for airbench95 and for airbench96 with cutout, of which the paper has the
-speedups. --scale small trains a narrow network on a tenth of the images.
+and three kinds of flip, or 13 A100-hours, at 0.36 PFLOP in 3.29 seconds. Of --net airbench96 the
+paper has the speedups, with cutout. --scale small trains a narrow network on a tenth of the images.
 """
 
 import sys
@@ -45,7 +44,6 @@ FLIPS = ['none', 'random', 'alternating']
 NARROW = ['net.widths.block1=8', 'net.widths.block2=32', 'net.widths.block3=64']
 SCALES = {
     'paper': {
-        'script': 'airbench94',
         'hyp': [],
         'images': None,  # of the training set: all
         'epochs': [10, 20, 40, 80],
@@ -53,7 +51,6 @@ SCALES = {
         'runs': 400,
     },
     'small': {
-        'script': 'airbench94',
         'hyp': [*NARROW, 'opt.batch_size=250', 'net.tta_level=1'],
         'images': 5000,
         'epochs': [4, 8, 16],
@@ -61,7 +58,6 @@ SCALES = {
         'runs': 12,
     },
     'smoke': {
-        'script': 'airbench94',
         'hyp': [*NARROW, 'opt.batch_size=50', 'net.tta_level=1'],
         'images': 200,
         'epochs': [1, 2, 3],
@@ -69,9 +65,6 @@ SCALES = {
         'runs': 2,
     },
 }
-SCALES['paper95'] = SCALES['paper'] | {'script': 'airbench95'}
-SCALES['paper96'] = SCALES['paper'] | {'script': 'airbench96', 'cutouts': [12]}
-
 # Mean accuracy in percent of airbench94, n=400, of each of FLIPS: Table 6.
 # (epochs, cutout, whether with TTA)
 PUBLISHED = {
@@ -120,9 +113,8 @@ class FlipLoader(airbench94.CifarLoader):
 #### Training ######################################################################################
 
 
-def plan(scale, records):
+def plan(settings, records):
     """Table 6's cells, and of Table 1 those that draw with replacement; seed by seed."""
-    settings = SCALES[scale]
     jobs = []
     for seed in range(settings['runs']):
         for epochs in settings['epochs']:
@@ -138,9 +130,9 @@ def plan(scale, records):
 
 def train(cell, seed, place):
     """A network's accuracies, in [0, 1], without and with test-time augmentation."""
-    settings = SCALES[place.scale]
+    settings = place.settings
     changes = [f'opt.train_epochs={cell["epochs"]}', f'aug.cutout={cell["cutout"]}']
-    script = SCRIPTS[settings['script']]
+    script = SCRIPTS[settings['net']]
     hyp = script.override(script.hyp, [*settings['hyp'], *changes])
     loader = place.training(hyp, settings['images'], FlipLoader)
     loader.flips = cell['flip']
@@ -267,12 +259,12 @@ def p_of_alternating(random, alternating):
     return scipy.stats.ttest_rel(alternating, random, alternative='less').pvalue
 
 
-def print_published(script):
-    if script == 'airbench96':
+def print_published(net):
+    if net == 'airbench96':
         print('\nspeedups in % of the paper (Table 2), at 10, 20, 40 and 80 epochs:')
         for has_tta, percents in PUBLISHED_96.items():
             print('  with TTA:   ' if has_tta else '  without TTA:', *percents)
-    if script == 'airbench94':
+    if net == 'airbench94':
         kinds = ''.join(f'{flip:>12}' for flip in FLIPS)
         print('\nof the paper, airbench94, n=400 (Table 6; the speedup is of the same power law):')
         print(f'epochs cutout TTA{kinds} speedup')
@@ -335,16 +327,16 @@ def draw_strip(stem, seed=1, epochs=6):
 
 
 def show(config, records, folder):
-    records = whole_seeds(records, plan(config['scale'], []))
+    records = whole_seeds(records, plan(config['settings'], []))
     if not records:
         raise UserError(f'{folder}: no seed has all its networks yet; train on, then --show')
     print_table(records)
-    print_published(config['settings']['script'])
+    print_published(config['settings']['net'])
     draw_curves(records, folder / 'flip')
     draw_strip(folder / 'strip')
 
 
-STUDY = Study('flip', __doc__, SCALES, plan, train, show)
+STUDY = Study('flip', __doc__, {script: SCALES for script in SCRIPTS}, plan, train, show)
 
 if __name__ == '__main__':
     sys.exit(run_study(STUDY))

@@ -84,10 +84,10 @@ PUBLISHED = {
 #### Training ######################################################################################
 
 
-def plan(scale, records):
+def plan(settings, records):
     """Table 4's cells, seed by seed."""
     cells = [{'epochs': epochs, 'width': width} for epochs, width in CELLS]
-    return [(cell, seed) for seed in range(SCALES[scale]['runs']) for cell in cells]
+    return [(cell, seed) for seed in range(settings['runs']) for cell in cells]
 
 
 def logits_file(folder, cell, seed):
@@ -96,7 +96,7 @@ def logits_file(folder, cell, seed):
 
 def train(cell, seed, place):
     """A network's accuracies, in [0, 1]; its logits go into a file beside the record's."""
-    settings = SCALES[place.scale]
+    settings = place.settings
     widths = [round(cell['width'] * width) for width in settings['widths']]
     changes = [f'net.widths.block{i}={width}' for i, width in enumerate(widths, 1)]
     changes.append(f'opt.train_epochs={cell["epochs"] * settings["epochs"]}')
@@ -294,7 +294,7 @@ def show(config, records, folder):
     draw_histograms(described, folder / 'variance')
 
 
-STUDY = Study('variance', __doc__, SCALES, plan, train, show)
+STUDY = Study('variance', __doc__, {'airbench94': SCALES}, plan, train, show)
 
 if __name__ == '__main__':
     sys.exit(run_study(STUDY))
