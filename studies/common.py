@@ -22,7 +22,13 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import airbench94
+import airbench95
+import airbench96
+import swap94
 from airbench94 import UserError
+
+SCRIPTS = (airbench94, airbench95, airbench96, swap94)
+MISTAKES = tuple(script.UserError for script in SCRIPTS)  # each script has its own
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,7 +49,7 @@ def exit_code(name, study, argv):
     except KeyboardInterrupt:
         print(f'{name}: interrupted; the same line again goes on', file=sys.stderr)
         return 130
-    except (UserError, OSError) as error:
+    except (*MISTAKES, OSError) as error:
         message = ' '.join(str(error).split())
         print(f'{name}: {message}', file=sys.stderr)
         return 2
@@ -102,6 +108,7 @@ class Study:
     or the next ones once it knows the records of the first.
     train(cell, seed, place) makes one's record.
     show(config, records, folder) prints the table, and draws the pictures into the folder.
+    files: names for the saved networks that the study can be given, in settings['files'].
     """
 
     name: str
@@ -110,6 +117,7 @@ class Study:
     plan: Callable
     train: Callable
     show: Callable
+    files: tuple = ()
 
 
 def cell_file(folder, cell, seed):
@@ -192,6 +200,13 @@ def run_study(study, argv=None):
     if len(nets) > 1:
         add('--net', choices=nets, default=nets[0])
     add('--scale', choices=study.scales[nets[0]], default='small')
+    if study.files:
+        add(
+            'files',
+            nargs='*',
+            metavar='NETWORK',
+            help=f'{len(study.files)} that --save has written',
+        )
     add('--out', type=Path, help='folder of the records; the same line again goes on')
     add('--data', help="folder of a set, or 'digits' (default: cifar10, downloaded into it)")
     add('--device', help='cuda, cuda:1, mps or cpu (default: the best that is there)')
@@ -204,6 +219,8 @@ def run_study(study, argv=None):
         folder = args.out or Path('logs', '-'.join([study.name, net, args.scale]))
         if not args.show:
             settings = study.scales[net][args.scale] | {'net': net}
+            if study.files:
+                settings['files'] = check_files(study, args.files)
             train_cells(study, args, settings, folder)
         if airbench94.is_first_process():
             config, records = read_study(folder)
@@ -211,6 +228,14 @@ def run_study(study, argv=None):
 
     airbench94.keep_freed_memory()
     return exit_code(name, call, argv)
+
+
+def check_files(study, files):
+    """The files as they are, if they are as many as the study needs, or none."""
+    if len(files) not in (0, len(study.files)):
+        names = ', '.join(study.files)
+        raise UserError(f'{len(files)} networks: give all of {names}, or none; see --help')
+    return files
 
 
 def digest_of(loaders):
@@ -238,7 +263,11 @@ def train_cells(study, args, settings, folder):
             'study': study.name,
             'scale': args.scale,
             'settings': settings,
-            'data': {'path': data, 'sha256': digest_of(loaders)},
+            'data': {
+                'path': data,
+                'classes': len(loaders[0].classes),
+                'sha256': digest_of(loaders),
+            },
             'dtype': str(dtype),
         },
     )

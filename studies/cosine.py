@@ -1,0 +1,142 @@
+"""The angle between a worker's descent and the way to SWAP's average (Gupta et al. 2020, Figure 4).
+
+    python -m studies.cosine                                # in half an hour, on two CPU cores
+    torchrun --nproc_per_node=8 -m studies.cosine --scale paper --net resnet9 --data cifar10
+    python -m studies.cosine --show --out logs/mine         # the table and the picture again
+
+SWAP is trained, and then each of its workers again, which makes the same steps. At every step of
+phase 2 this takes the cosine between the descent, which is the negative gradient of the step's
+batch, and the way from the worker's weights to those of the average (section 4.2). The paper sees
+it fall as training goes on: the workers move around the middle of the basin, not towards it.
+
+--scale paper trains 3 seeds, of ResNet-9 about COST. --scale small trains narrow networks on a
+tenth of the images.
+"""
+
+import sys
+from operator import itemgetter
+
+import numpy as np
+import scipy.stats
+import torch
+import torch.nn.functional as F
+
+import swap94
+from studies.common import (
+    COLOURS,
+    Study,
+    UserError,
+    mean_and_interval,
+    new_figure,
+    run_study,
+    save_both,
+)
+from studies.swap import hyp_of, make_run, network, scales
+
+SCALES = scales({'paper': {'runs': 3}, 'small': {'runs': 5}, 'smoke': {'runs': 2}})
+
+
+#### Training ######################################################################################
+
+
+def plan(settings, records):
+    return [({'method': 'swap'}, seed) for seed in range(settings['runs'])]
+
+
+def watched(target, cosines):
+    """compute_loss, which also appends a step's cosine to a list.
+
+    target: the weights of the average, as a vector.
+    """
+
+    def compute_loss(net, inputs, labels, label_smoothing):
+        loss, outputs = swap94.compute_loss(net, inputs, labels, label_smoothing)
+        named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, [p for _, p in named], retain_graph=True)
+        way = torch.cat([(target[name] - p).flatten() for name, p in named])
+        descent = -torch.cat([gradient.flatten() for gradient in gradients])
+        cosines.append(F.cosine_similarity(way.double(), descent.double(), dim=0).item())
+        return loss, outputs
+
+    return compute_loss
+
+
+def train(cell, seed, place):
+    """The cosines of each worker at each step, and accuracies, in [0, 1]."""
+    hyp = hyp_of(place.settings, 'swap', len(place.train_loader.classes))
+    alone = swap94.Team()
+    with network(place.settings['net']):
+        run = make_run(place, hyp, seed)
+        joint = run.phase1()
+        workers, about = run.phase2(joint)
+        if not workers:
+            raise UserError(f'the networks of seed {seed} diverge')
+        swap94.average([model['weights'] for model in workers], run.net, alone)
+        accuracy = run.measure('phase2', joint['losses'], 0, alone)
+        target = {name: p.detach().clone() for name, p in run.net.named_parameters()}
+        of_workers = []
+        for n in range(len(workers)):
+            cosines = []
+            run.functions = {'compute_loss': watched(target, cosines)}
+            model = swap94.start_model(joint['weights'], joint['losses'])
+            run.fit(f'w{n}', 'phase2', model, swap94.worker_seed(seed, n), alone)
+            of_workers.append(cosines)
+    return {
+        'cosines': of_workers,
+        'epochs': hyp['phase2']['train_epochs'],
+        'val_acc': accuracy,
+        'workers': [worker['epochs'][-1]['val_acc'] for worker in about],
+    }
+
+
+#### Table and picture #############################################################################
+
+
+def thirds(records):
+    """Mean cosine of each third of phase 2: (networks of a seed, 3)."""
+    rows = []
+    for record in records:
+        parts = np.array_split(np.array(record['cosines']), 3, axis=1)
+        rows.append([part.mean() for part in parts])
+    return np.array(rows)
+
+
+def print_table(records):
+    print(
+        f'cosine of descent and the way to the average, n={len(records)} seeds, with 95% interval'
+    )
+    means = thirds(records)
+    for name, values in zip(('first', 'second', 'last'), means.T):
+        mean, half = mean_and_interval(values)
+        print(f'  {name:6} third of phase 2: {mean:7.4f} +-{half:6.4f}')
+    p = scipy.stats.ttest_rel(means[:, 2], means[:, 0], alternative='less').pvalue
+    print(f'  it is not lower in the last third than in the first: p={p:.2g}')
+    print('the paper (Figure 4) sees it fall over the training, without a figure in its text')
+
+
+def draw(records, stem):
+    """The cosine at each step: of the workers of one seed, and its mean over all."""
+    figure = new_figure(7, 3.4)
+    axes = figure.subplots()
+    cosines = np.array([cosines for record in records for cosines in record['cosines']])
+    epochs = np.linspace(0, records[0]['epochs'], cosines.shape[1], endpoint=False)
+    for values in records[0]['cosines']:
+        axes.plot(epochs, values, color=COLOURS[5], linewidth=0.7, alpha=0.6)
+    axes.plot([], [], color=COLOURS[5], label='workers of seed 0')
+    axes.plot(epochs, cosines.mean(0), color=COLOURS[0], label=f'mean of {len(cosines)} workers')
+    axes.axhline(0, color='black', linewidth=0.8)
+    axes.set(xlabel='epochs of phase 2', ylabel='cosine')
+    axes.legend(frameon=False)
+    save_both(figure, stem)
+
+
+def show(config, records, folder):
+    records = sorted(records, key=itemgetter('seed'))
+    print_table(records)
+    draw(records, folder / 'cosine')
+
+
+STUDY = Study('cosine', __doc__, SCALES, plan, train, show)
+
+if __name__ == '__main__':
+    sys.exit(run_study(STUDY))

@@ -1,0 +1,75 @@
+"""The plane through three networks, and the picture of errors on it."""
+
+from dataclasses import dataclass
+from operator import itemgetter
+
+import numpy as np
+
+from studies.common import UserError, new_figure, save_both
+
+MARGIN = 0.4  # around the networks, as a share of their extent
+
+
+@dataclass
+class Plane:
+    """The plane through three vectors of weights: origin + alpha u + beta v, with u, v orthonormal.
+
+    Raises UserError if the three lie on a line.
+    """
+
+    vectors: list
+
+    def __post_init__(self):
+        self.origin, second, third = [vector.double() for vector in self.vectors]
+        self.u = second - self.origin
+        self.u = self.u / self.u.norm()
+        self.v = third - self.origin
+        length = self.v.norm()
+        self.v = self.v - self.v.dot(self.u) * self.u
+        if not self.v.norm() > 1e-6 * length:
+            raise UserError('the three networks lie on a line, and span no plane: choose others')
+        self.v = self.v / self.v.norm()
+
+    def coordinates(self, vector):
+        """(alpha, beta) of a vector's projection."""
+        offset = vector.double() - self.origin
+        return [offset.dot(self.u).item(), offset.dot(self.v).item()]
+
+    def point(self, alpha, beta):
+        return self.origin + alpha * self.u + beta * self.v
+
+    def axes(self, n):
+        """n values of alpha and n of beta, around the three vectors."""
+        corners = np.array([self.coordinates(vector) for vector in self.vectors])
+        low, high = corners.min(0), corners.max(0)
+        margin = MARGIN * (high - low)
+        return np.linspace(low - margin, high + margin, n).T
+
+
+def draw_plane(points, marks, stem):
+    """Contours of the error on training and test images, and where the networks are.
+
+    points: records with 'alpha', 'beta', 'train_acc' and 'val_acc', on a grid. marks: {name:
+    (alpha, beta)}. The star is the point of the least test error.
+    """
+    alphas, betas = [sorted({point[axis] for point in points}) for axis in ('alpha', 'beta')]
+    best = max(points, key=itemgetter('val_acc'))
+    marks = marks | {'BEST': (best['alpha'], best['beta'])}
+    figure = new_figure(9, 4)
+    for axes, key in zip(figure.subplots(1, 2), ('train_acc', 'val_acc')):
+        errors = np.empty((len(betas), len(alphas)))
+        for point in points:
+            row, column = betas.index(point['beta']), alphas.index(point['alpha'])
+            errors[row, column] = 100 * (1 - point[key])
+        # Levels are dense near the lowest error, where the networks are.
+        above = np.geomspace(0.02, 1, 12) * max(1, np.ptp(errors))
+        levels = errors.min() + np.array([0, *above])
+        contours = axes.contourf(alphas, betas, errors, levels, cmap='viridis_r')
+        figure.colorbar(contours, format='%.1f', label='error (%)')
+        for name, place in marks.items():
+            marker = '*' if name == 'BEST' else 'o'
+            axes.plot(*place, marker, color='white', markeredgecolor='black')
+            axes.annotate(name, place, xytext=(4, 4), textcoords='offset points')
+        axes.set(xlabel='along u', ylabel='along v', aspect='equal')
+        axes.set_title('training images' if key == 'train_acc' else 'test images')
+    save_both(figure, stem)

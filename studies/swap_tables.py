@@ -1,0 +1,153 @@
+"""Small batches, large batches and SWAP (Gupta et al. 2020, Tables 1 and 2, by 5 and 6).
+
+    python -m studies.swap_tables                           # in half an hour, on two CPU cores
+    torchrun --nproc_per_node=8 -m studies.swap_tables --net resnet9 --scale paper --data cifar10
+    python -m studies.swap_tables --show --out logs/mine    # the table and the picture again
+
+--net airbench is swap94.py's network, and at paper scale its recipes. --net resnet9 is the paper's:
+the ResNet-9 of DAWNBench, by SGD with Nesterov's momentum, cutout, and the batches, epochs and
+rates of Table 5, or of Table 6 for 100 classes. Where the paper does not say what it did, it is
+this: cutout of 8 pixels, translations of 4 at most, alternating flip, and rates that rise to their
+peak and fall to 0 along straight lines.
+
+Accuracies are without test-time augmentation. Operations and all-reduces are those of the longest
+of 8 ranks that share phase 1's batches and have a worker each; the seconds are those of one process
+that makes all of it in turn, without validation.
+
+--scale paper trains 10 networks a row: of ResNet-9, about COST. --scale small trains narrow
+networks on a tenth of the images.
+"""
+
+import sys
+
+import numpy as np
+import scipy.stats
+
+import swap94
+from studies.common import (
+    COLOURS,
+    Study,
+    UserError,
+    in_cell,
+    mean_and_interval,
+    new_figure,
+    run_study,
+    save_both,
+    whole_seeds,
+)
+from studies.swap import hyp_of, loader_of, network, scales
+
+SCALES = scales({'paper': {'runs': 10}, 'small': {'runs': 6}, 'smoke': {'runs': 2}})
+METHODS = ['small-batch', 'large-batch', 'swap']
+ROWS = ['small-batch', 'large-batch', 'SWAP, before averaging', 'SWAP, after averaging']
+
+# (number of classes): a (accuracy in %, its deviation, seconds on 8 V100s) of each of ROWS.
+PUBLISHED = {
+    10: [(95.24, 0.09, 254), (94.77, 0.23, 133), (94.70, 0.20, 168), (95.23, 0.08, 169)],
+    100: [(77.01, 0.25, 574), (75.84, 0.35, 116), (75.74, 0.15, 123), (78.18, 0.21, 125)],
+}
+
+
+#### Training ######################################################################################
+
+
+def plan(settings, records):
+    """Every method, seed by seed."""
+    cells = [{'method': method} for method in METHODS]
+    return [(cell, seed) for seed in range(settings['runs']) for cell in cells]
+
+
+def train(cell, seed, place):
+    """A network's accuracy, its workers' before averaging, in [0, 1], and what it cost."""
+    classes = len(place.train_loader.classes)
+    hyp = hyp_of(place.settings, cell['method'], classes)
+    loader = loader_of(place, hyp)
+    with network(place.settings['net']):
+        options = {'method': cell['method']}
+        _, record = swap94.train(loader, place.test_loader, hyp, seed, **options)
+    if 'failed' in record:
+        raise UserError(f'the network of seed {seed} diverges: {record["failed"]}')
+    phases = record['phases'].values()
+    return {
+        'val_acc': record['val_acc'],
+        'workers': [worker['epochs'][-1]['val_acc'] for worker in record['workers']],
+        'joint_epochs': len(record['joint']['epochs']),
+        'training_seconds': record['seconds'],
+        'pflop': sum(phase['pflop'] for phase in phases),
+        'all_reduces': sum(phase['all_reduces'] for phase in phases),
+        'classes': classes,
+    }
+
+
+#### Table and picture #############################################################################
+
+
+def accuracies_of(records):
+    """{row: accuracies in percent, by seed}, of ROWS; before averaging, means over the workers."""
+    found = {}
+    for method, row in zip(METHODS, [*ROWS[:2], ROWS[3]]):
+        of_method = sorted(in_cell(records, method=method), key=lambda record: record['seed'])
+        found[row] = np.array([100 * record['val_acc'] for record in of_method])
+    found[ROWS[2]] = np.array([100 * np.mean(record['workers']) for record in of_method])
+    return found
+
+
+def costs_of(records):
+    """{row: (seconds, PFLOP, all-reduces)}, means over the seeds."""
+    found = {}
+    for method, row in zip(METHODS, [*ROWS[:2], ROWS[3]]):
+        keys = ('training_seconds', 'pflop', 'all_reduces')
+        of_method = in_cell(records, method=method)
+        found[row] = [np.mean([record[key] for record in of_method]) for key in keys]
+    return found
+
+
+def print_table(accuracies, costs, published):
+    n = len(accuracies[ROWS[0]])
+    print(f'accuracy in %, n={n}, with its standard deviation               of the paper, 8 V100s:')
+    print(f'{"":24}accuracy          seconds     PFLOP all-reduces accuracy         seconds')
+    for i, row in enumerate(ROWS):
+        values = accuracies[row]
+        line = f'{row:22} {values.mean():6.2f} +-{values.std(ddof=1):5.2f}'
+        if row in costs:
+            seconds, pflop, all_reduces = costs[row]
+            line += f' {seconds:12.1f} {pflop:9.2g} {all_reduces:11.0f}'
+        if published:
+            accuracy, deviation, seconds = published[i]
+            line = f'{line:64} {accuracy:6.2f} +-{deviation:5.2f} {seconds:7}'
+        print(line)
+    ours = accuracies[ROWS[3]]
+    print('\nSWAP after averaging over the others, with 95% interval, and p of "it is not better":')
+    for row in (ROWS[2], ROWS[1], ROWS[0]):
+        gain, half = mean_and_interval(ours - accuracies[row])
+        p = scipy.stats.ttest_rel(ours, accuracies[row], alternative='greater').pvalue
+        print(f'  {row:22} {gain:+6.2f} +-{half:5.2f}, p={p:.2g}')
+
+
+def draw(accuracies, stem):
+    """Every network of every row, and their means."""
+    figure = new_figure(8, 2.6)
+    axes = figure.subplots()
+    for i, (row, colour) in enumerate(zip(ROWS, COLOURS)):
+        values = accuracies[row]
+        axes.plot(values, np.full(len(values), i), 'o', color=colour, alpha=0.5)
+        axes.plot([values.mean()], [i], '|', color='black', markersize=24)
+    axes.set_yticks(range(len(ROWS)), ROWS)
+    axes.set_ylim(len(ROWS) - 0.5, -0.5)
+    axes.set_xlabel('test accuracy without TTA (%); the line is the mean')
+    save_both(figure, stem)
+
+
+def show(config, records, folder):
+    records = whole_seeds(records, plan(config['settings'], []))
+    if len(records) < 2 * len(METHODS):
+        raise UserError(f'{folder}: needs two seeds with all their networks; train on, then --show')
+    accuracies = accuracies_of(records)
+    print_table(accuracies, costs_of(records), PUBLISHED.get(records[0]['classes']))
+    draw(accuracies, folder / 'swap_tables')
+
+
+STUDY = Study('swap_tables', __doc__, SCALES, plan, train, show)
+
+if __name__ == '__main__':
+    sys.exit(run_study(STUDY))
