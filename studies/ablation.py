@@ -36,10 +36,10 @@ SCALES = {
         'runs': 25,
     },
     'small': {
-        'hyp': [*NARROW, 'opt.batch_size=250'],
+        'hyp': [*NARROW, 'opt.batch_size=100'],
         'images': 5000,
-        'target': 0.58,
-        'first': 6,
+        'target': 0.6,
+        'first': 4,
         'rounds': 3,
         'runs': 3,
     },

@@ -2,7 +2,7 @@
 
     python -m studies.datasets cifar100 DEST                # or svhn: torchvision downloads it
     python -m studies.datasets IMAGES DEST                  # a folder of images, like CINIC-10's
-    python -m studies.datasets --data DEST --out logs/mine  # narrow networks on a fifth of it
+    python -m studies.datasets --data DEST --out logs/mine  # narrow networks on a tenth of it
     python -m studies.datasets --data DEST --out logs/mine --scale paper
 
 IMAGES holds `train` and `test`, and these a folder for each class; images become 32 x 32 pixels.
@@ -40,8 +40,8 @@ SCALES = {
         'runs': 10,
     },
     'small': {
-        'hyp': [*NARROW, 'opt.train_epochs=8', 'opt.batch_size=250', 'net.tta_level=1'],
-        'images': 10_000,
+        'hyp': [*NARROW, 'opt.train_epochs=8', 'opt.batch_size=100', 'net.tta_level=1'],
+        'images': 5000,
         'runs': 3,
     },
     'smoke': {

@@ -51,11 +51,11 @@ SCALES = {
         'runs': 10_000,
     },
     'small': {
-        'hyp': ['opt.batch_size=250', 'net.tta_level=1'],
+        'hyp': ['opt.batch_size=100', 'net.tta_level=1'],
         'images': 5000,
         'widths': [8, 32, 64],
         'epochs': 4,
-        'runs': 24,
+        'runs': 16,
     },
     'smoke': {
         'hyp': ['opt.batch_size=50', 'net.tta_level=1'],
