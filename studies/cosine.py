@@ -9,8 +9,8 @@ phase 2 this takes the cosine between the descent, which is the negative gradien
 batch, and the way from the worker's weights to those of the average (section 4.2). The paper sees
 it fall as training goes on: the workers move around the middle of the basin, not towards it.
 
---scale paper trains 3 seeds, of ResNet-9 about COST. --scale small trains narrow networks on a
-tenth of the images.
+--scale paper trains 3 seeds: of ResNet-9, 270 PFLOP, or 40 A100-minutes at airbench94's rate of
+0.36 PFLOP in 3.29 seconds. --scale small trains narrow networks on a tenth of the images.
 """
 
 import sys

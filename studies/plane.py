@@ -7,6 +7,7 @@ import numpy as np
 
 from studies.common import UserError, new_figure, save_both
 
+LABEL = {'boxstyle': 'round,pad=0.1', 'facecolor': 'white', 'alpha': 0.7, 'edgecolor': 'none'}
 MARGIN = 0.4  # around the networks, as a share of their extent
 
 
@@ -55,7 +56,7 @@ def draw_plane(points, marks, stem):
     alphas, betas = [sorted({point[axis] for point in points}) for axis in ('alpha', 'beta')]
     best = max(points, key=itemgetter('val_acc'))
     marks = marks | {'BEST': (best['alpha'], best['beta'])}
-    figure = new_figure(9, 4)
+    figure = new_figure(9, 1.7 + 3.8 * np.ptp(betas) / np.ptp(alphas))
     for axes, key in zip(figure.subplots(1, 2), ('train_acc', 'val_acc')):
         errors = np.empty((len(betas), len(alphas)))
         for point in points:
@@ -65,11 +66,12 @@ def draw_plane(points, marks, stem):
         above = np.geomspace(0.02, 1, 12) * max(1, np.ptp(errors))
         levels = errors.min() + np.array([0, *above])
         contours = axes.contourf(alphas, betas, errors, levels, cmap='viridis_r')
-        figure.colorbar(contours, format='%.1f', label='error (%)')
+        figure.colorbar(contours, location='bottom', format='%.1f', label='error (%)')
         for name, place in marks.items():
             marker = '*' if name == 'BEST' else 'o'
-            axes.plot(*place, marker, color='white', markeredgecolor='black')
-            axes.annotate(name, place, xytext=(4, 4), textcoords='offset points')
+            style = {'color': 'white', 'markeredgecolor': 'black', 'clip_on': False}
+            axes.plot(*place, marker, **style)
+            axes.annotate(name, place, xytext=(5, 5), textcoords='offset points', bbox=LABEL)
         axes.set(xlabel='along u', ylabel='along v', aspect='equal')
         axes.set_title('training images' if key == 'train_acc' else 'test images')
     save_both(figure, stem)
