@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.stats
+import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -64,6 +65,23 @@ def first_images(loader, n, kind=airbench94.CifarLoader):
     part = airbench94.first_images(loader, n)
     part.__class__ = kind
     return part
+
+
+def load_network(path, loader):
+    """(network of fp32, what was saved) of a file that one of the scripts has written.
+
+    Raises UserError if it is none, or of other classes than the loader's.
+    """
+    for script in SCRIPTS:
+        try:
+            net, saved = script.load_network(path, device=loader.device, dtype=torch.float32)
+        except MISTAKES as error:
+            mistake = error
+            continue
+        if saved['classes'] != loader.classes:
+            raise UserError(f'{path}: its classes are not those of the set')
+        return net, saved
+    raise mistake
 
 
 @dataclass

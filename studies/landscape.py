@@ -29,11 +29,10 @@ import airbench94
 import swap94
 from studies.common import (
     COLOURS,
-    MISTAKES,
-    SCRIPTS,
     Study,
     UserError,
     in_cell,
+    load_network,
     mean_and_interval,
     new_figure,
     run_study,
@@ -55,16 +54,6 @@ KINDS = {'train_acc': 'training images', 'val_acc': 'test images'}
 GIVEN = ('A', 'B', 'C')
 
 #### Networks ######################################################################################
-
-
-def load_given(path, device):
-    """(network, what was saved) of a file that one of the scripts has written."""
-    for script in SCRIPTS:
-        try:
-            return script.load_network(path, device=device, dtype=torch.float32)
-        except MISTAKES as error:
-            mistake = error
-    raise mistake
 
 
 def train_networks(hyp, seed, place):
@@ -92,10 +81,8 @@ class Networks:
         self.loaders = loader_of(place, self.hyp), copy.copy(place.test_loader)
         files = place.settings['files']
         if files:
-            loaded = [load_given(file, self.loaders[0].device) for file in files]
+            loaded = [load_network(file, self.loaders[0]) for file in files]
             self.net, saved = loaded[0]
-            if saved['classes'] != place.train_loader.classes:
-                raise UserError(f'{files[0]}: its classes are not those of the set')
             for loader in self.loaders:
                 loader.set_statistics(saved['mean'], saved['std'])
             weights = {name: net.state_dict() for name, (net, _) in zip(GIVEN, loaded)}

@@ -1,6 +1,8 @@
 """Networks of the papers that the scripts do not have, each a torch.nn.Module."""
 
 import torch
+import torchvision.models.resnet
+import torchvision.models.vgg
 from torch import nn
 
 from swap94 import Mul, Net
@@ -58,3 +60,95 @@ def make_resnet9(width=64, num_classes=10, *, seed=0, device, dtype):
         if isinstance(module, nn.BatchNorm2d):
             module.to(torch.promote_types(dtype, torch.float32))
     return net
+
+
+#### For training by plain SGD #####################################################################
+
+VGG_LAYERS = {11: torchvision.models.vgg.cfgs['A'], 16: torchvision.models.vgg.cfgs['D']}
+RESNET_BLOCKS = {18: ((64, 128, 256, 512), 2), 32: ((16, 32, 64), 5)}  # (channels, blocks of each)
+
+
+def finish(layers, variance, device, dtype):
+    """The network of some layers, in channels_last, with new weights.
+
+    They are normal, with `variance` over the number of inputs, and biases are 0 (Gotmare et al.
+    2019, section 7.1). They are of fp32, and trained by torch.autocast where `dtype` is smaller.
+    """
+    net = Net(*layers, autocast=dtype != torch.float32)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            inputs = module.weight[0].numel()
+            nn.init.normal_(module.weight, std=(variance / inputs) ** 0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return net.to(device=device, memory_format=torch.channels_last)
+
+
+def make_vgg(
+    depth, num_classes=10, *, batchnorm=False, share=1.0, variance=2.0, seed, device, dtype
+):
+    """VGG-11 or VGG-16 for images of 32 x 32 pixels: (N, 3, 32, 32) -> logits (N, classes).
+
+    torchvision's convolutions, and a stack of three layers, of 512 units at most. share: of all
+    channels and units.
+    """
+    widths = [w if w == 'M' else round(share * w) for w in VGG_LAYERS[depth]]
+    units = round(share * 512)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        layers = [
+            torchvision.models.vgg.make_layers(widths, batchnorm),
+            nn.Flatten(),
+            nn.Linear(units, units),
+            nn.ReLU(),
+            nn.Linear(units, units),
+            nn.ReLU(),
+            nn.Linear(units, num_classes),
+        ]
+        return finish(layers, variance, device, dtype)
+
+
+def make_resnet(depth, num_classes=10, *, share=1.0, variance=2.0, seed, device, dtype):
+    """ResNet-18 or ResNet-32 for images of 32 x 32 pixels, of torchvision's blocks."""
+    channels, blocks = RESNET_BLOCKS[depth]
+    widths = [round(share * width) for width in channels]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        before = widths[0]
+        layers = [nn.Conv2d(3, before, 3, padding=1, bias=False), nn.BatchNorm2d(before), nn.ReLU()]
+        for stage, width in enumerate(widths):
+            for block in range(blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                layers.append(residual_block(before, width, stride))
+                before = width
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, num_classes)]
+        return finish(layers, variance, device, dtype)
+
+
+def residual_block(before, width, stride):
+    shortcut = None
+    if stride > 1:
+        conv = nn.Conv2d(before, width, 1, stride, bias=False)
+        shortcut = nn.Sequential(conv, nn.BatchNorm2d(width))
+    return torchvision.models.resnet.BasicBlock(before, width, stride, shortcut)
+
+
+def make_student(num_classes=10, *, share=1.0, variance=2.0, seed, device, dtype):
+    """The shallow network of section 5: twice (convolution, pool, ReLU), and three layers."""
+    widths = [round(share * width) for width in (32, 64, 256, 128)]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        layers = [
+            nn.Conv2d(3, widths[0], 5, padding=2),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+            nn.Conv2d(widths[0], widths[1], 5, padding=2),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * widths[1], widths[2]),
+            nn.ReLU(),
+            nn.Linear(widths[2], widths[3]),
+            nn.Linear(widths[3], num_classes),
+        ]
+        return finish(layers, variance, device, dtype)

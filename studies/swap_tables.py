@@ -14,7 +14,7 @@ Accuracies are without test-time augmentation. Operations and all-reduces are th
 of 8 ranks that share phase 1's batches and have a worker each; the seconds are those of one process
 that makes all of it in turn, without validation.
 
---scale paper trains 10 networks a row: of ResNet-9, 720 PFLOP for 10 classes and 600 for 100, or two
+--scale paper trains 10 networks a row: of ResNet-9, 720 PFLOP, and 600 for 100 classes, or two
 A100-hours at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains narrow networks
 on a tenth of the images.
 """

@@ -1,0 +1,316 @@
+"""Curves of low loss between networks that were trained differently (Gotmare et al. 2019, 2.1).
+
+    python -m studies.connectivity                          # in an hour, on two CPU cores
+    torchrun --nproc_per_node=8 -m studies.connectivity --scale paper --data cifar10
+    python -m studies.connectivity A.pt B.pt --out logs/curve   # two that --save has written
+    python -m studies.connectivity --show --out logs/curve      # the table and the pictures again
+
+Mode G is trained by SGD, with step decay, weight decay and augmentation. The others differ from it
+in one thing each: A in large batches, B in Adam, C in a rate that decays linearly, D in a hundredth
+of the weight decay, E in three times the variance of the initial weights, F in having no
+augmentation. Between G and each of them, a polygonal chain with one bend and a quadratic Bezier
+curve are trained for the least expected loss (section 2.1, Garipov et al. 2018, arXiv:1802.10026),
+and measured at some of the epochs; at epoch 0, they are the segment. A barrier is the largest loss
+on the way less the larger one of its ends. Without BatchNorm (--net vgg16) there is no mode E: from
+such weights, its first steps diverge here.
+
+--scale paper is the paper's: 200 epochs a mode and 80 a curve, 2400 epochs a seed. Of VGG-16 they
+are 230 PFLOP, or 35 A100-minutes at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small
+trains narrow networks on a twentieth of the images.
+"""
+
+import sys
+
+import numpy as np
+import scipy.stats
+import torch
+from sklearn.manifold import TSNE
+
+from studies.common import (
+    COLOURS,
+    Study,
+    UserError,
+    in_cell,
+    load_network,
+    mean_and_interval,
+    new_figure,
+    run_study,
+    save_both,
+)
+from studies.modes import (
+    KINDS,
+    MOMENTUM,
+    WEIGHT_DECAY,
+    linear_decay,
+    loaders_of,
+    make_network,
+    measure,
+    measure_curve,
+    new_curve,
+    parameters_of,
+    read_weights,
+    save_weights,
+    step_decay,
+    train,
+    train_curve,
+)
+
+OF_NETS = ['vgg16-bn', 'vgg16', 'airbench']
+SCALES = {
+    'paper': {
+        'images': None,  # of the training set: all
+        'share': 1.0,  # of the network's widths
+        'epochs': 200,  # of a mode
+        'batch_size': 100,
+        'large_batch_size': 4000,
+        'lr': 0.05,
+        'lr_adam': 1e-3,
+        'curve_epochs': [0, 20, 40, 60, 80],
+        'points': 21,
+        'runs': 3,
+    },
+    'small': {
+        'images': 2500,
+        'share': 0.125,
+        'epochs': 20,
+        'batch_size': 50,
+        'large_batch_size': 500,
+        'lr': 0.02,
+        'lr_adam': 1e-3,
+        'curve_epochs': [0, 5, 10],
+        'points': 9,
+        'runs': 2,
+    },
+    'smoke': {
+        'images': 100,
+        'share': 0.0625,
+        'epochs': 1,
+        'batch_size': 20,
+        'large_batch_size': 50,
+        'lr': 0.02,
+        'lr_adam': 1e-3,
+        'curve_epochs': [0, 1],
+        'points': 3,
+        'runs': 1,
+    },
+}
+MODES = {
+    'G': {},
+    'A': {'large_batches': True},
+    'B': {'adam': True},
+    'C': {'linear_decay': True},
+    'D': {'weight_decay': 5e-6},
+    'E': {'variance': 6.0},
+    'F': {'augmented': False},
+}
+GIVEN = ('A', 'B')
+
+#### Training ######################################################################################
+
+
+def modes_of(settings):
+    """The networks' names, of which the first is joined with each of the others."""
+    if settings['files']:
+        return list(GIVEN)
+    return [mode for mode in MODES if not (mode == 'E' and settings['net'] == 'vgg16')]
+
+
+def pairs_of(settings):
+    first, *others = modes_of(settings)
+    return [first + other for other in others]
+
+
+def plan(settings, records):
+    """Of each seed: the modes; the curves between those that are there; distances of them all."""
+    jobs = []
+    pairs = pairs_of(settings)
+    curves = [{'part': 'curve', 'pair': pair, 'kind': kind} for pair in pairs for kind in KINDS]
+    for seed in range(1 if settings['files'] else settings['runs']):
+        mine = [record for record in records if record['seed'] == seed]
+        jobs.extend(({'part': 'mode', 'mode': mode}, seed) for mode in modes_of(settings))
+        there = {record['cell']['mode'] for record in in_cell(mine, part='mode')}
+        jobs.extend((cell, seed) for cell in curves if set(cell['pair']) <= there)
+        if len(in_cell(mine, part='curve')) == len(curves):
+            jobs.append(({'part': 'distances'}, seed))
+    return jobs
+
+
+def train_mode(mode, seed, place):
+    """A network that is trained as one of MODES."""
+    own, settings = MODES[mode], place.settings
+    batch_size = settings['large_batch_size' if own.get('large_batches') else 'batch_size']
+    loader, _ = loaders_of(place, batch_size, own.get('augmented', True))
+    loader.seed = 100 * seed + list(MODES).index(mode)  # each begins elsewhere
+    variance = own.get('variance', 2.0)
+    net = make_network(settings['net'], loader, settings['share'], loader.seed, variance)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    options = {'weight_decay': own.get('weight_decay', WEIGHT_DECAY)}
+    if own.get('adam'):
+        optimizer = torch.optim.Adam(trained, settings['lr_adam'], **options)
+    else:
+        optimizer = torch.optim.SGD(trained, settings['lr'], momentum=MOMENTUM, **options)
+    share = step_decay(len(loader), settings['epochs'])
+    if own.get('linear_decay'):
+        share = linear_decay(settings['epochs'] * len(loader))
+    train(net, loader, optimizer, share, settings['epochs'])
+    return net
+
+
+def make_mode(mode, seed, place):
+    """Save a mode, trained or given, and measure it."""
+    files = place.settings['files']
+    loaders = loaders_of(place, place.settings['batch_size'])
+    if files:
+        net, _ = load_network(files[GIVEN.index(mode)], loaders[0])
+    else:
+        net = train_mode(mode, seed, place)
+    weights = parameters_of(net)
+    save_weights(place, mode, seed, weights)
+    return measure(net, weights, *loaders)
+
+
+def make_curve(pair, kind, seed, place):
+    """Train a curve between two modes, and measure it at some of the epochs."""
+    settings = place.settings
+    loader, tests = loaders_of(place, settings['batch_size'])
+    loader.seed = seed
+    if settings['files']:
+        net, _ = load_network(settings['files'][0], loader)
+    else:
+        net = make_network(settings['net'], loader, settings['share'], seed)
+    first, last = [read_weights(place, mode, seed) for mode in pair]
+    if {n: p.shape for n, p in first.items()} != {n: p.shape for n, p in last.items()}:
+        raise UserError('the two networks are not of one kind; choose others')
+    curve = new_curve(first, last, net, kind)
+    measured = []
+
+    def look(epoch):
+        if epoch in settings['curve_epochs']:
+            measured.append(measure_curve(curve, net, (loader, tests), settings['points']))
+
+    look(0)
+    options = {'lr': settings['lr'], 'momentum': MOMENTUM, 'weight_decay': WEIGHT_DECAY}
+    options['epochs'] = max(settings['curve_epochs'])
+    train_curve(curve, net, loader, options, seed, look)
+    bend = {name: p.detach() for name, p in curve.bend.items()}
+    save_weights(place, f'{pair}-{kind}', seed, bend)
+    return {'epochs': settings['curve_epochs'], 'curves': measured}
+
+
+def measure_distances(seed, place):
+    """The Euclidean distances between modes and bends."""
+    names = modes_of(place.settings)
+    names += [f'{pair}-{kind}' for pair in pairs_of(place.settings) for kind in KINDS]
+    vectors = []
+    for name in names:
+        weights = read_weights(place, name, seed)
+        vectors.append(torch.cat([p.flatten() for p in weights.values()]))
+    return {'names': names, 'distances': torch.cdist(*2 * [torch.stack(vectors)]).tolist()}
+
+
+def train_part(cell, seed, place):
+    """A mode's measures, a curve's at its points, or all distances."""
+    if cell['part'] == 'mode':
+        return make_mode(cell['mode'], seed, place)
+    if cell['part'] == 'curve':
+        return make_curve(cell['pair'], cell['kind'], seed, place)
+    return measure_distances(seed, place)
+
+
+#### Table and pictures ############################################################################
+
+
+def values_of(points, key):
+    """Losses as they are, accuracies as errors in percent."""
+    values = np.array([point[key] for point in points])
+    return values if key.endswith('loss') else 100 * (1 - values)
+
+
+def barriers_of(records, key, at, **settings):
+    """Of curves at a place in their epochs: the largest value less that of the worse end."""
+    found = []
+    for record in in_cell(records, part='curve', **settings):
+        values = values_of(record['curves'][at], key)
+        found.append(max(values) - max(values[0], values[-1]))
+    return np.array(found)
+
+
+def print_table(records, pairs):
+    print('barrier of training loss, and of test error in percentage points, with 95% intervals')
+    print('pair  kind       n  loss: segment           curve    error: segment           curve')
+    for pair in pairs:
+        for kind in KINDS:
+            row = f'{pair:5} {kind:8}'
+            row += f'{len(in_cell(records, pair=pair, kind=kind)):4}'
+            for key in ('train_loss', 'val_acc'):
+                for at in (0, -1):
+                    mean, half = mean_and_interval(
+                        barriers_of(records, key, at, pair=pair, kind=kind)
+                    )
+                    row += f' {mean:8.3f} +-{half:5.3f}'
+            print(row)
+    for kind in KINDS:
+        for key, what in (('train_loss', 'training loss'), ('val_acc', 'test error')):
+            segment, curve = [barriers_of(records, key, at, kind=kind) for at in (0, -1)]
+            p = np.nan
+            if len(segment) > 1:
+                p = scipy.stats.ttest_rel(curve, segment, alternative='less').pvalue
+            print(
+                f"{kind}, n={len(segment)}: the curve's barrier of {what} is not lower: p={p:.2g}"
+            )
+
+
+def draw_curves(records, pairs, points, stem):
+    """Figure 1: the test error along each chain, at several epochs of its training."""
+    figure = new_figure(9, 2.6 * -(-len(pairs) // 3))
+    grid = figure.subplots(-(-len(pairs) // 3), min(3, len(pairs)), squeeze=False, sharey=True)
+    for axes, pair in zip(grid.flat, pairs):
+        record = in_cell(records, part='curve', pair=pair, kind='chain')[0]
+        for epoch, curve, colour in zip(record['epochs'], record['curves'], COLOURS):
+            label = f'epoch {epoch}' if epoch else 'segment'
+            t = np.linspace(0, 1, points)
+            axes.plot(t, values_of(curve, 'val_acc'), color=colour, label=label)
+        axes.set_title(f'{pair[0]} to {pair[1]}')
+    for axes in grid[-1]:
+        axes.set_xlabel('t')
+    for row in grid:
+        row[0].set_ylabel('test error (%)')
+    grid[0, 0].legend(frameon=False, fontsize='small')
+    save_both(figure, stem)
+
+
+def draw_map(record, stem):
+    """Figure 10: t-SNE of modes and bends, which keeps what is near, but no distances."""
+    names, distances = record['names'], np.array(record['distances'])
+    options = {'metric': 'precomputed', 'init': 'random', 'perplexity': 4, 'random_state': 0}
+    places = TSNE(**options).fit_transform(distances)
+    figure = new_figure(6, 5)
+    axes = figure.subplots()
+    for name, (x, y) in zip(names, places):
+        is_mode = '-' not in name
+        axes.plot(x, y, 'o' if is_mode else '.', color=COLOURS[0 if is_mode else 1])
+        axes.annotate(name, (x, y), xytext=(4, 4), textcoords='offset points', fontsize='small')
+    axes.set(xticks=[], yticks=[], title='t-SNE of modes and bends')
+    save_both(figure, stem)
+
+
+def show(config, records, folder):
+    settings = config['settings']
+    pairs = pairs_of(settings)
+    curves = in_cell(records, part='curve')
+    pairs = [pair for pair in pairs if in_cell(curves, pair=pair, kind='chain')]
+    if not pairs:
+        raise UserError(f'{folder}: has no curve yet; the same line again goes on')
+    print_table(records, pairs)
+    draw_curves(records, pairs, settings['points'], folder / 'curves')
+    distances = in_cell(records, part='distances')
+    if distances and not settings['files']:
+        draw_map(distances[0], folder / 'map')
+
+
+STUDY = Study(
+    'connectivity', __doc__, {net: SCALES for net in OF_NETS}, plan, train_part, show, files=GIVEN
+)
+
+if __name__ == '__main__':
+    sys.exit(run_study(STUDY))

@@ -1,0 +1,224 @@
+"""Plain training of networks, and the curves between them (Gotmare et al. 2019, section 2.1)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+import airbench94
+import swap94
+from studies.common import UserError, first_images
+from studies.networks import make_resnet, make_vgg
+
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # section 7.1
+STATISTICS = {'images': 10_000, 'batch_size': 500}  # BatchNorm's, at a point of a curve
+
+#### Networks ######################################################################################
+
+
+def make_airbench(num_classes, *, share, seed, device, dtype):
+    """This repository's own network, untrained; its first layer is still to be whitened."""
+    widths = airbench94.hyp['net']['widths']
+    own = [f'net.widths.{name}={max(1, round(share * w))}' for name, w in widths.items()]
+    hyp = airbench94.override(airbench94.hyp, own)
+    kind = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    return airbench94.make_net(hyp, num_classes, seed=seed, device=device, dtype=kind)
+
+
+def make_network(name, loader, share, seed, variance=2.0):
+    """An untrained network for a loader's images. name: as `--net` has it; share: of all widths."""
+    options = {'share': share, 'seed': seed, 'device': loader.device, 'dtype': loader.dtype}
+    classes = len(loader.classes)
+    if name == 'airbench':
+        net = make_airbench(classes, **options)
+        images = loader.normalize(loader.images[:5000])
+        airbench94.init_whitening_conv(net[0], images, airbench94.hyp['net']['whiten_eps'])
+        return net
+    options['variance'] = variance
+    if name.startswith('resnet'):
+        return make_resnet(int(name.removeprefix('resnet')), classes, **options)
+    depth, _, norm = name.removeprefix('vgg').partition('-')
+    return make_vgg(int(depth), classes, batchnorm=norm == 'bn', **options)
+
+
+def parameters_of(net):
+    """{name: a copy of the parameter}."""
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+#### Training ######################################################################################
+
+
+def cross_entropy(net, inputs, labels):
+    return F.cross_entropy(net(inputs).float(), labels)
+
+
+def train(net, loader, optimizer, share, epochs, *, loss=cross_entropy, on_epoch=None):
+    """Train for some epochs. share(step): the learning rate of a step, as a share of the first.
+
+    loss(net, inputs, labels) is a mean. on_epoch(epoch) is called after each epoch, counted from 1.
+    Raises UserError if the loss is not finite after an epoch.
+    """
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    for epoch in range(1, epochs + 1):
+        net.train()
+        for inputs, labels in airbench94.progress(loader, f'epoch {epoch}'):
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(net, inputs, labels)
+            value.backward()
+            optimizer.step()
+            scheduler.step()
+        if not torch.isfinite(value):
+            raise UserError(f'the training diverges: the loss is {value} after epoch {epoch}')
+        if on_epoch:
+            on_epoch(epoch)
+
+
+def linear_decay(steps):
+    """The share of the first rate at a step, down to 0."""
+
+    def share(step):
+        return 1 - step / steps
+
+    return share
+
+
+def step_decay(steps_per_epoch, epochs, factor=0.2, places=(0.3, 0.6, 0.8)):
+    """The share of the first rate at a step: times `factor` at these places of the training."""
+    drops = [place * epochs * steps_per_epoch for place in places]
+
+    def share(step):
+        return factor ** sum(step >= drop for drop in drops)
+
+    return share
+
+
+def loaders_of(place, batch_size, augmented=True):
+    """(training images of the scale, in such batches; test images). Digits are not mirrored."""
+    loader = first_images(place.train_loader, place.settings['images'])
+    loader.batch_size = batch_size
+    is_mirrored = augmented and loader.classes != list('0123456789')
+    loader.aug = {'flip': is_mirrored, 'translate': 4 * augmented, 'cutout': 0}
+    return loader, place.test_loader
+
+
+def weights_file(place, name, seed):
+    """Where a network's {name: parameter} is kept."""
+    folder = place.folder / 'networks'
+    folder.mkdir(exist_ok=True)
+    return folder / f'{name}-{seed}.pt'
+
+
+def save_weights(place, name, seed, weights):
+    airbench94.write_tensors(weights_file(place, name, seed), weights)
+
+
+def read_weights(place, name, seed):
+    device = place.train_loader.device
+    return torch.load(weights_file(place, name, seed), map_location=device, weights_only=True)
+
+
+#### Curves ########################################################################################
+
+
+def chain(t):
+    """Shares of (one end, the bend, the other end) at t in [0, 1] of a polygonal chain."""
+    if t <= 0.5:
+        return 1 - 2 * t, 2 * t, 0
+    return 0, 2 - 2 * t, 2 * t - 1
+
+
+def bezier(t):
+    """The same of a quadratic Bezier curve."""
+    return (1 - t) ** 2, 2 * t * (1 - t), t**2
+
+
+KINDS = {'chain': chain, 'bezier': bezier}
+
+
+@dataclass
+class Curve:
+    """Networks from one to another. All are {name: parameter}; kind: one of KINDS.
+
+    The bend learns. A curve with the bend in the middle of its ends is the segment.
+    """
+
+    first: dict
+    last: dict
+    bend: dict
+    kind: str = 'chain'
+
+    def weights(self, t):
+        """The parameters at t in [0, 1]."""
+        of_first, of_bend, of_last = KINDS[self.kind](t)
+        weights = {}
+        for name, bend in self.bend.items():
+            ends = of_first * self.first[name] + of_last * self.last[name]
+            weights[name] = ends + of_bend * bend
+        return weights
+
+
+def new_curve(first, last, net, kind='chain'):
+    """A curve whose bend is in the middle of two networks, {name: parameter}.
+
+    Of its bend, those parameters learn that learn in `net`.
+    """
+    bend = {}
+    for name, p in net.named_parameters():
+        middle = torch.lerp(first[name], last[name], 0.5)
+        bend[name] = middle.requires_grad_(p.requires_grad)
+    return Curve(first, last, bend, kind)
+
+
+def train_curve(curve, net, loader, hyp, seed, on_epoch=None):
+    """Lower the curve's expected loss, over t ~ U(0, 1), by SGD on its bend.
+
+    net: of the kind of its networks. hyp: 'lr', 'epochs', 'momentum' and 'weight_decay'. The rate
+    is constant for half of the epochs, and falls to a hundredth in the next 0.4, as in Garipov et
+    al. 2018 (arXiv:1802.10026).
+    """
+    rng = np.random.default_rng(seed)
+    bend = [p for p in curve.bend.values() if p.requires_grad]
+    options = {key: hyp[key] for key in ('lr', 'momentum', 'weight_decay')}
+    steps = hyp['epochs'] * len(loader)
+
+    def loss(net, inputs, labels):
+        outputs = functional_call(net, curve.weights(rng.random()), (inputs,))
+        return F.cross_entropy(outputs.float(), labels)
+
+    def share(step):
+        return float(np.interp(step / steps, [0.5, 0.9], [1, 0.01]))
+
+    optimizer = torch.optim.SGD(bend, **options)
+    train(net, loader, optimizer, share, hyp['epochs'], loss=loss, on_epoch=on_epoch)
+
+
+@torch.no_grad()
+def load_parameters(net, weights):
+    """Write {name: parameter} into a network."""
+    for name, p in net.named_parameters():
+        p.copy_(weights[name])
+
+
+def measure(net, weights, train_loader, test_loader):
+    """Mean losses, and accuracies in [0, 1], of the network with these parameters.
+
+    On unaugmented images; BatchNorm's statistics are recomputed.
+    """
+    load_parameters(net, weights)
+    if any('running' in name for name, _ in net.named_buffers()):
+        swap94.recompute_statistics(net, train_loader, STATISTICS, swap94.Team())
+    found = {}
+    for name, loader in (('train', train_loader), ('val', test_loader)):
+        logits = airbench94.infer(net, loader).float()
+        found[f'{name}_loss'] = F.cross_entropy(logits, loader.labels).item()
+        found[f'{name}_acc'] = (logits.argmax(1) == loader.labels).double().mean().item()
+    return found
+
+
+def measure_curve(curve, net, loaders, points):
+    """The measures of so many points, evenly from t = 0 to 1: a list."""
+    with torch.no_grad():
+        return [measure(net, curve.weights(t), *loaders) for t in np.linspace(0, 1, points)]
