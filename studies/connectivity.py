@@ -25,6 +25,7 @@ import numpy as np
 import scipy.stats
 import torch
 from sklearn.manifold import TSNE
+from torch.optim.lr_scheduler import LambdaLR
 
 from studies.common import (
     COLOURS,
@@ -41,6 +42,7 @@ from studies.modes import (
     KINDS,
     MOMENTUM,
     WEIGHT_DECAY,
+    barrier,
     linear_decay,
     loaders_of,
     make_network,
@@ -53,6 +55,7 @@ from studies.modes import (
     step_decay,
     train,
     train_curve,
+    values_of,
 )
 
 OF_NETS = ['vgg16-bn', 'vgg16', 'airbench']
@@ -152,7 +155,7 @@ def train_mode(mode, seed, place):
     share = step_decay(len(loader), settings['epochs'])
     if own.get('linear_decay'):
         share = linear_decay(settings['epochs'] * len(loader))
-    train(net, loader, optimizer, share, settings['epochs'])
+    train(net, loader, optimizer, LambdaLR(optimizer, share), settings['epochs'])
     return net
 
 
@@ -220,18 +223,11 @@ def train_part(cell, seed, place):
 #### Table and pictures ############################################################################
 
 
-def values_of(points, key):
-    """Losses as they are, accuracies as errors in percent."""
-    values = np.array([point[key] for point in points])
-    return values if key.endswith('loss') else 100 * (1 - values)
-
-
 def barriers_of(records, key, at, **settings):
     """Of curves at a place in their epochs: the largest value less that of the worse end."""
     found = []
     for record in in_cell(records, part='curve', **settings):
-        values = values_of(record['curves'][at], key)
-        found.append(max(values) - max(values[0], values[-1]))
+        found.append(barrier(values_of(record['curves'][at], key)))
     return np.array(found)
 
 

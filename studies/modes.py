@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
+from torch.optim.lr_scheduler import LambdaLR
 
 import airbench94
 import swap94
@@ -55,13 +56,12 @@ def cross_entropy(net, inputs, labels):
     return F.cross_entropy(net(inputs).float(), labels)
 
 
-def train(net, loader, optimizer, share, epochs, *, loss=cross_entropy, on_epoch=None):
-    """Train for some epochs. share(step): the learning rate of a step, as a share of the first.
+def train(net, loader, optimizer, scheduler, epochs, *, loss=cross_entropy, on_epoch=None):
+    """Train for some epochs; the scheduler goes on with every step.
 
     loss(net, inputs, labels) is a mean. on_epoch(epoch) is called after each epoch, counted from 1.
     Raises UserError if the loss is not finite after an epoch.
     """
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     for epoch in range(1, epochs + 1):
         net.train()
         for inputs, labels in airbench94.progress(loader, f'epoch {epoch}'):
@@ -192,7 +192,8 @@ def train_curve(curve, net, loader, hyp, seed, on_epoch=None):
         return float(np.interp(step / steps, [0.5, 0.9], [1, 0.01]))
 
     optimizer = torch.optim.SGD(bend, **options)
-    train(net, loader, optimizer, share, hyp['epochs'], loss=loss, on_epoch=on_epoch)
+    scheduler = LambdaLR(optimizer, share)
+    train(net, loader, optimizer, scheduler, hyp['epochs'], loss=loss, on_epoch=on_epoch)
 
 
 @torch.no_grad()
@@ -222,3 +223,14 @@ def measure_curve(curve, net, loaders, points):
     """The measures of so many points, evenly from t = 0 to 1: a list."""
     with torch.no_grad():
         return [measure(net, curve.weights(t), *loaders) for t in np.linspace(0, 1, points)]
+
+
+def values_of(points, key):
+    """Losses as they are, accuracies as errors in percent."""
+    values = np.array([point[key] for point in points])
+    return values if key.endswith('loss') else 100 * (1 - values)
+
+
+def barrier(values):
+    """The largest value on a way less that of its worse end."""
+    return max(values) - max(values[0], values[-1])

@@ -24,17 +24,9 @@ import sys
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from studies.common import (
-    Study,
-    UserError,
-    in_cell,
-    load_network,
-    mean_and_interval,
-    new_figure,
-    run_study,
-    save_both,
-)
+from studies.common import Study, load_network, mean_and_interval, new_figure, run_study, save_both
 from studies.modes import (
     MOMENTUM,
     WEIGHT_DECAY,
@@ -67,7 +59,7 @@ SCALES = {
     },
     'smoke': {
         'images': 100,
-        'compared': 100,
+        'compared': 40,
         'share': 0.0625,
         'epochs': 1,
         'batch_size': 20,
@@ -109,8 +101,8 @@ def lowest_frequencies(maps, size):
     for a, b in itertools.product(range(size), repeat=2):
         negative = (-a % size, -b % size)
         if (a, b) <= negative:
-            signed = [k if k <= size // 2 else k - size for k in (a, b)]
-            kept.append(spectrum[:, :, *signed])
+            row, column = [k if k <= size // 2 else k - size for k in (a, b)]
+            kept.append(spectrum[:, :, row, column])
     return torch.stack(kept)
 
 
@@ -155,3 +147,107 @@ def outputs_of(net, images):
 def similarities(first, second):
     """A matrix: of each layer of the one with each of the other; {name: outputs} both."""
     return [[similarity(x, y) for y in second.values()] for x in first.values()]
+
+
+#### Training ######################################################################################
+
+
+def plan(settings, records):
+    """A pair of networks a seed, or the one that is given."""
+    seeds = range(1 if settings['files'] else settings['runs'])
+    return [({'part': 'pair'}, seed) for seed in seeds]
+
+
+def train_network(seed, place):
+    """(a trained network, its parameters before)."""
+    settings = place.settings
+    loader, _ = loaders_of(place, settings['batch_size'])
+    loader.seed = seed
+    net = make_network(settings['net'], loader, settings['share'], seed)
+    before = parameters_of(net)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    options = {'momentum': MOMENTUM, 'weight_decay': WEIGHT_DECAY}
+    optimizer = torch.optim.SGD(trained, settings['lr'], **options)
+    share = step_decay(len(loader), settings['epochs'])
+    train(net, loader, optimizer, LambdaLR(optimizer, share), settings['epochs'])
+    return net, before
+
+
+def compared_images(place):
+    """The first test images, normalized, as a batch."""
+    loader = place.test_loader
+    images = loader.normalize(loader.images[: place.settings['compared']])
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def compare(cell, seed, place):
+    """Similarities of the layers of two networks, and of one with itself before training."""
+    images = compared_images(place)
+    files = place.settings['files']
+    if files:
+        nets = [load_network(file, place.test_loader)[0] for file in files]
+        first, second = [outputs_of(net, images) for net in nets]
+        found = {'two networks': similarities(first, second)}
+    else:
+        net, before = train_network(2 * seed, place)
+        other, _ = train_network(2 * seed + 1, place)
+        first, second = outputs_of(net, images), outputs_of(other, images)
+        load_parameters(net, before)
+        at_start = outputs_of(net, images)
+        found = {
+            'two networks': similarities(first, second),
+            'before and after': similarities(at_start, first),
+        }
+    return {'layers': [list(first), list(second)], 'similarities': found}
+
+
+#### Table and picture #############################################################################
+
+
+def mean_matrices(records):
+    """{what is compared: (seeds, layers, layers)}."""
+    kinds = records[0]['similarities']
+    return {kind: np.array([record['similarities'][kind] for record in records]) for kind in kinds}
+
+
+def print_table(matrices):
+    for kind, of_seeds in matrices.items():
+        print(f'similarity of the same layer, {kind}, n={len(of_seeds)}, with its 95% interval:')
+        for i in range(min(of_seeds.shape[1:])):
+            mean, half = mean_and_interval(of_seeds[:, i, i])
+            print(f'  layer {i + 1:2}: {mean:6.3f} +-{half:5.3f}')
+
+
+def draw_matrices(matrices, stem):
+    """A heat map of each {title: matrix} of similarities."""
+    figure = new_figure(4.5 * len(matrices), 3.8)
+    grid = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, (title, matrix) in zip(grid, matrices.items()):
+        image = axes.imshow(matrix, vmin=0, vmax=1, origin='lower', cmap='viridis')
+        rows, columns = np.array(matrix).shape
+        axes.set(xlabel='layer of the second', ylabel='layer of the first', title=title)
+        axes.set_xticks(range(0, columns, 2), range(1, columns + 1, 2))
+        axes.set_yticks(range(0, rows, 2), range(1, rows + 1, 2))
+    figure.colorbar(image, ax=grid, label='mean canonical correlation')
+    save_both(figure, stem)
+
+
+def show(config, records, folder):
+    matrices = mean_matrices(records)
+    print_table(matrices)
+    means = {kind: of_seeds.mean(0) for kind, of_seeds in matrices.items()}
+    draw_matrices(means, folder / 'svcca')
+
+
+STUDY = Study(
+    'svcca',
+    __doc__,
+    {net: SCALES for net in ('vgg16', 'vgg16-bn', 'airbench')},
+    plan,
+    compare,
+    show,
+    files=GIVEN,
+)
+
+if __name__ == '__main__':
+    sys.exit(run_study(STUDY))

@@ -1,0 +1,259 @@
+"""What restarts of the learning rate do to the trajectory (Gotmare et al. 2019, section 3).
+
+    python -m studies.restarts                              # in an hour, on two CPU cores
+    torchrun --nproc_per_node=8 -m studies.restarts --scale paper --data cifar10
+    python -m studies.restarts --show --out logs/mine       # the table and the pictures again
+
+A network is trained by SGDR, cosines that restart after 10, 30, 70 and 150 epochs, and from the
+same initial weights by step decay. Between networks from before the restarts, and from around the
+steps, loss is measured on the segment and on a trained curve (Figure 2); then on the plane through
+w70, w150 and the bend of their curve, onto which the iterates are projected (Figure 3). A barrier
+is the largest training loss of a segment less the larger one of its ends. SVCCA compares the layers
+of early and late networks, and of those before and after a restart (Appendix 9).
+
+--scale paper is the paper's: VGG-16, 320 epochs of training and 480 of curves a seed: 230 PFLOP for
+3 seeds, or 35 A100-minutes at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small is a
+fifth of its epochs, of narrow networks on a twentieth of the images.
+"""
+
+import sys
+
+import numpy as np
+import scipy.stats
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR
+
+import airbench94
+from studies.common import (
+    COLOURS,
+    Study,
+    UserError,
+    in_cell,
+    mean_and_interval,
+    new_figure,
+    run_study,
+    save_both,
+)
+from studies.modes import (
+    MOMENTUM,
+    WEIGHT_DECAY,
+    barrier,
+    load_parameters,
+    loaders_of,
+    make_network,
+    measure,
+    measure_curve,
+    new_curve,
+    parameters_of,
+    read_weights,
+    save_weights,
+    train,
+    train_curve,
+    values_of,
+)
+from studies.plane import Plane, draw_plane
+from studies.svcca import compared_images, draw_matrices, outputs_of, similarities
+
+SCALES = {
+    'paper': {
+        'images': None,  # of the training set: all
+        'compared': 2000,  # test images, by SVCCA
+        'share': 1.0,  # of the network's widths
+        'batch_size': 100,
+        'lr': 0.05,
+        'first_period': 10,  # epochs until the first restart; each next one takes twice as many
+        'drops': [60, 150],  # epochs after which step decay divides the rate by 5
+        'pairs': {
+            'sgdr': [[30, 70], [70, 150], [30, 150]],
+            'steps': [[55, 65], [145, 165], [55, 165]],
+        },
+        'alike': [[10, 150], [150, 155]],  # epochs of SGDR that SVCCA compares
+        'iterates_every': 10,  # epochs
+        'curve_epochs': 80,
+        'points': 21,
+        'grid': 21,
+        'runs': 3,
+    },
+    'small': {
+        'images': 2500,
+        'compared': 1000,
+        'share': 0.125,
+        'batch_size': 50,
+        'lr': 0.05,
+        'first_period': 2,
+        'drops': [12, 30],
+        'pairs': {'sgdr': [[6, 14], [14, 30], [6, 30]], 'steps': [[11, 13], [29, 33], [11, 33]]},
+        'alike': [[2, 30], [30, 31]],
+        'iterates_every': 2,
+        'curve_epochs': 10,
+        'points': 9,
+        'grid': 9,
+        'runs': 3,
+    },
+    'smoke': {
+        'images': 100,
+        'compared': 40,
+        'share': 0.0625,
+        'batch_size': 50,
+        'lr': 0.02,
+        'first_period': 1,
+        'drops': [1, 2],
+        'pairs': {'sgdr': [[1, 3]], 'steps': [[1, 3]]},
+        'alike': [[1, 3]],
+        'iterates_every': 1,
+        'curve_epochs': 1,
+        'points': 3,
+        'grid': 2,
+        'runs': 2,
+    },
+}
+SCHEDULES = ('sgdr', 'steps')
+
+
+#### Training ######################################################################################
+
+
+def plan(settings, records):
+    """Of each seed: both trainings, then their curves and comparisons; of the first, a plane."""
+    jobs = []
+    n = settings['grid']
+    for seed in range(settings['runs']):
+        mine = [record for record in records if record['seed'] == seed]
+        for schedule in SCHEDULES:
+            jobs.append(({'part': 'training', 'schedule': schedule}, seed))
+            if in_cell(mine, part='training', schedule=schedule):
+                for first, last in settings['pairs'][schedule]:
+                    ends = {'schedule': schedule, 'first': first, 'last': last}
+                    jobs.append(({'part': 'curve'} | ends, seed))
+        if in_cell(mine, part='training', schedule='sgdr'):
+            for first, last in settings['alike']:
+                jobs.append(({'part': 'alike', 'first': first, 'last': last}, seed))
+        first, last = plane_pair(settings)
+        if seed == 0 and in_cell(mine, part='curve', schedule='sgdr', first=first, last=last):
+            jobs.extend(({'part': 'plane', 'x': x, 'y': y}, 0) for x in range(n) for y in range(n))
+    return jobs
+
+
+def plane_pair(settings):
+    """The epochs of SGDR's networks on the plane: w70 and w150."""
+    pairs = settings['pairs']['sgdr']
+    return pairs[1 % len(pairs)]
+
+
+def kept_epochs(settings, schedule):
+    """Epochs after which the network is kept."""
+    pairs = list(settings['pairs'][schedule])
+    if schedule == 'sgdr':
+        pairs += settings['alike']
+    epochs = {epoch for pair in pairs for epoch in pair}
+    return sorted(epochs | set(range(0, max(epochs) + 1, settings['iterates_every'])))
+
+
+def make_scheduler(schedule, optimizer, settings, steps):
+    """steps: of an epoch."""
+    if schedule == 'sgdr':
+        period = settings['first_period'] * steps
+        return CosineAnnealingWarmRestarts(optimizer, period, T_mult=2, eta_min=1e-6)
+
+    def share(step):
+        return 0.2 ** sum(step >= drop * steps for drop in settings['drops'])
+
+    return LambdaLR(optimizer, share)
+
+
+def make_training(schedule, seed, place):
+    """Train by a schedule, and keep networks on the way. Returns accuracies after each epoch."""
+    settings = place.settings
+    loader, tests = loaders_of(place, settings['batch_size'])
+    loader.seed = seed
+    net = make_network(settings['net'], loader, settings['share'], seed)
+    kept = kept_epochs(settings, schedule)
+    accuracies = []
+
+    def look(epoch):
+        accuracies.append(airbench94.evaluate(net, tests))
+        if epoch in kept:
+            save_weights(place, f'{schedule}-{epoch}', seed, parameters_of(net))
+
+    look(0)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    options = {'momentum': MOMENTUM, 'weight_decay': WEIGHT_DECAY}
+    optimizer = torch.optim.SGD(trained, settings['lr'], **options)
+    scheduler = make_scheduler(schedule, optimizer, settings, len(loader))
+    train(net, loader, optimizer, scheduler, max(kept), on_epoch=look)
+    return {'val_acc': accuracies}
+
+
+def make_curve(cell, seed, place):
+    """Train a chain between two of the networks. Returns the segment's points and the curve's."""
+    settings = place.settings
+    loader, tests = loaders_of(place, settings['batch_size'])
+    loader.seed = seed
+    net = make_network(settings['net'], loader, settings['share'], seed)
+    names = [f'{cell["schedule"]}-{cell[end]}' for end in ('first', 'last')]
+    curve = new_curve(*[read_weights(place, name, seed) for name in names], net)
+    segment = measure_curve(curve, net, (loader, tests), settings['points'])
+    options = {'momentum': MOMENTUM, 'weight_decay': WEIGHT_DECAY, 'lr': settings['lr']}
+    train_curve(curve, net, loader, options | {'epochs': settings['curve_epochs']}, seed)
+    bend = {name: p.detach() for name, p in curve.bend.items()}
+    save_weights(place, '-'.join(names), seed, bend)
+    return {
+        'segment': segment,
+        'curve': measure_curve(curve, net, (loader, tests), settings['points']),
+    }
+
+
+def make_alike(cell, seed, place):
+    """Similarities of the layers of SGDR's networks after two of its epochs."""
+    settings = place.settings
+    net = make_network(settings['net'], place.train_loader, settings['share'], seed)
+    images = compared_images(place)
+    outputs = []
+    for end in ('first', 'last'):
+        weights = read_weights(place, f'sgdr-{cell[end]}', seed)
+        measure(net, weights, *loaders_of(place, settings['batch_size']))  # BatchNorm's statistics
+        outputs.append(outputs_of(net, images))
+    return {'similarities': similarities(*outputs)}
+
+
+def make_point(cell, seed, place):
+    """A point of the plane; the first one also has the coordinates of the iterates."""
+    settings = place.settings
+    loaders = loaders_of(place, settings['batch_size'])
+    net = make_network(settings['net'], loaders[0], settings['share'], seed)
+    first, last = plane_pair(settings)
+    names = [f'sgdr-{first}', f'sgdr-{last}', f'sgdr-{first}-sgdr-{last}']
+    plane = Plane([vector_of(read_weights(place, name, seed)) for name in names])
+    alphas, betas = plane.axes(settings['grid'])
+    alpha, beta = alphas[cell['x']], betas[cell['y']]
+    weights = named_like(plane.point(alpha, beta), net)
+    found = {'alpha': alpha, 'beta': beta} | measure(net, weights, *loaders)
+    if cell['x'] == cell['y'] == 0:
+        epochs = [epoch for epoch in kept_epochs(settings, 'sgdr') if epoch <= last]
+        places = [vector_of(read_weights(place, f'sgdr-{epoch}', seed)) for epoch in epochs]
+        found['iterates'] = {
+            str(epoch): plane.coordinates(vector) for epoch, vector in zip(epochs, places)
+        }
+        found['bend'] = plane.coordinates(plane.vectors[2])
+    return found
+
+
+def vector_of(weights):
+    return torch.cat([p.flatten() for p in weights.values()])
+
+
+def named_like(vector, net):
+    """A vector as {name: parameter} of a network."""
+    sizes = [p.numel() for p in net.parameters()]
+    parts = zip(net.named_parameters(), vector.split(sizes))
+    return {name: part.view(p.shape).to(p.dtype) for (name, p), part in parts}
+
+
+def train_part(cell, seed, place):
+    if cell['part'] == 'training':
+        return make_training(cell['schedule'], seed, place)
+    if cell['part'] == 'curve':
+        return make_curve(cell, seed, place)
+    if cell['part'] == 'alike':
+        return make_alike(cell, seed, place)
+    return make_point(cell, seed, place)
