@@ -47,11 +47,11 @@ class Plane:
         return np.linspace(low - margin, high + margin, n).T
 
 
-def draw_plane(points, marks, stem):
+def draw_plane(points, marks, stem, path=()):
     """Contours of the error on training and test images, and where the networks are.
 
     points: records with 'alpha', 'beta', 'train_acc' and 'val_acc', on a grid. marks: {name:
-    (alpha, beta)}. The star is the point of the least test error.
+    (alpha, beta)}. The star is the point of the least test error. path: places of a training.
     """
     alphas, betas = [sorted({point[axis] for point in points}) for axis in ('alpha', 'beta')]
     best = max(points, key=itemgetter('val_acc'))
@@ -67,6 +67,8 @@ def draw_plane(points, marks, stem):
         levels = errors.min() + np.array([0, *above])
         contours = axes.contourf(alphas, betas, errors, levels, cmap='viridis_r')
         figure.colorbar(contours, location='bottom', format='%.1f', label='error (%)')
+        for place in path:
+            axes.plot(*place, '.', color='black')
         for name, place in marks.items():
             marker = '*' if name == 'BEST' else 'o'
             style = {'color': 'white', 'markeredgecolor': 'black', 'clip_on': False}

@@ -17,6 +17,7 @@ fifth of its epochs, of narrow networks on a twentieth of the images.
 """
 
 import sys
+from operator import itemgetter
 
 import numpy as np
 import scipy.stats
@@ -38,7 +39,6 @@ from studies.modes import (
     MOMENTUM,
     WEIGHT_DECAY,
     barrier,
-    load_parameters,
     loaders_of,
     make_network,
     measure,
@@ -257,3 +257,101 @@ def train_part(cell, seed, place):
     if cell['part'] == 'alike':
         return make_alike(cell, seed, place)
     return make_point(cell, seed, place)
+
+
+#### Table and pictures ############################################################################
+
+
+def barriers_of(records, schedule, way):
+    """Of training loss: {(first, last): an array with the barrier of each seed}."""
+    found = {}
+    for record in sorted(in_cell(records, part='curve', schedule=schedule), key=itemgetter('seed')):
+        ends = record['cell']['first'], record['cell']['last']
+        found.setdefault(ends, []).append(barrier(values_of(record[way], 'train_loss')))
+    return {ends: np.array(values) for ends, values in found.items()}
+
+
+def print_table(records):
+    print('barrier of training loss, with its 95% interval; p of "it is not above 0"')
+    print('schedule  epochs        n     segment                 p   trained curve')
+    means = {}
+    for schedule in SCHEDULES:
+        of_segments = barriers_of(records, schedule, 'segment')
+        of_curves = barriers_of(records, schedule, 'curve')
+        for (first, last), values in of_segments.items():
+            mean, half = mean_and_interval(values)
+            row = f'{schedule:9} {first:3} to {last:3} {len(values):4} {mean:9.4f} +-{half:7.4f}'
+            row += f' {p_above_zero(values):9.2g}'
+            mean, half = mean_and_interval(of_curves[first, last])
+            print(f'{row} {mean:9.4f} +-{half:7.4f}')
+        means[schedule] = np.mean(list(of_segments.values()), axis=0)
+    p = scipy.stats.ttest_rel(means['sgdr'], means['steps'], alternative='greater').pvalue
+    print(f'means of the segments: SGDR has no higher barriers than step decay, p={p:.2g}')
+    for schedule in SCHEDULES:
+        trainings = in_cell(records, part='training', schedule=schedule)
+        mean, half = mean_and_interval([100 * max(r['val_acc']) for r in trainings])
+        print(f'best accuracy, {schedule:5}: {mean:6.2f} +-{half:5.2f}%')
+
+
+def p_above_zero(values):
+    if not values.any():
+        return 1.0
+    return scipy.stats.ttest_1samp(values, 0, alternative='greater').pvalue
+
+
+def draw_ways(records, points, stem):
+    """Figure 2: accuracies, and training loss on segments and curves, of seed 0."""
+    figure = new_figure(11, 3.4)
+    first_axes, *others = figure.subplots(1, 3)
+    t = np.linspace(0, 1, points)
+    for schedule, axes, colour in zip(SCHEDULES, others, COLOURS):
+        training = in_cell(records, part='training', schedule=schedule)[0]
+        first_axes.plot(100 * np.array(training['val_acc']), color=colour, label=schedule)
+        curves = in_cell(records, part='curve', schedule=schedule)
+        for record, of_pair in zip((r for r in curves if r['seed'] == 0), COLOURS[2:]):
+            label = f'{record["cell"]["first"]} to {record["cell"]["last"]}'
+            segment, curve = [values_of(record[way], 'train_loss') for way in ('segment', 'curve')]
+            axes.plot(t, segment, '--', color=of_pair)
+            axes.plot(t, curve, color=of_pair, label=label)
+        title = f'{schedule}: curves, and segments dashed'
+        axes.set(xlabel='t', ylabel='training loss', yscale='log', title=title)
+        axes.legend(frameon=False, fontsize='small', title='epochs')
+    first_axes.set(xlabel='epochs', ylabel='test accuracy (%)')
+    first_axes.legend(frameon=False)
+    save_both(figure, stem)
+
+
+def show(config, records, folder):
+    settings = config['settings']
+    missing = len(plan(settings, records)) - len(records)
+    if missing > 0:
+        raise UserError(f'{folder}: {missing} parts are missing; the same line again goes on')
+    print_table(records)
+    draw_ways(records, settings['points'], folder / 'restarts')
+    points = in_cell(records, part='plane')
+    corner = in_cell(points, x=0, y=0)[0]
+    first, last = plane_pair(settings)
+    iterates = {int(epoch): place for epoch, place in corner['iterates'].items()}
+    marks = {f'w{first}': iterates[first], f'w{last}': iterates[last], 'bend': corner['bend']}
+    draw_plane(
+        points, marks, folder / 'plane', path=[iterates[epoch] for epoch in sorted(iterates)]
+    )
+    matrices = {}
+    for first, last in settings['alike']:
+        of_pair = in_cell(records, part='alike', first=first, last=last)
+        title = f'first: w{first}, second: w{last}'
+        matrices[title] = np.mean([record['similarities'] for record in of_pair], axis=0)
+    draw_matrices(matrices, folder / 'svcca')
+
+
+STUDY = Study(
+    'restarts',
+    __doc__,
+    {net: SCALES for net in ('vgg16', 'vgg16-bn', 'airbench')},
+    plan,
+    train_part,
+    show,
+)
+
+if __name__ == '__main__':
+    sys.exit(run_study(STUDY))
