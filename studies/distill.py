@@ -1,0 +1,197 @@
+"""Where the knowledge goes that a teacher gives to its student (Gotmare et al. 2019, section 5).
+
+    python -m studies.distill                               # in half an hour, on two CPU cores
+    torchrun --nproc_per_node=8 -m studies.distill --scale paper --data cifar10
+    python -m studies.distill --show --out logs/mine        # the table and the pictures again
+
+A VGG-16 is trained, and then the same shallow network twice: on the labels, and on the teacher's
+softened answers. As in Hinton et al. 2015 (arXiv:1503.02531), the student's loss is T^2 times the
+divergence of its answers at temperature T from the teacher's, which keeps gradients as large as
+those of labels; the paper has T = 5, and no share of labels. SVCCA compares each layer of both
+students with each of the teacher (Figure 6). The paper: distillation makes the deeper layers of the
+student more alike to the teacher's, and the shallow ones hardly.
+
+--scale paper is 5 students of each kind, as in the paper, of 100 epochs, which it does not say, and
+a teacher of 200: 160 PFLOP with the teacher's answers, or 25 A100-minutes at airbench94's rate of
+0.36 PFLOP in 3.29 seconds. --scale small trains narrow networks on a tenth of the images.
+"""
+
+import sys
+from operator import itemgetter
+
+import numpy as np
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+import airbench94
+from studies.common import Study, UserError, mean_and_interval, run_study
+from studies.modes import (
+    MOMENTUM,
+    WEIGHT_DECAY,
+    cross_entropy,
+    loaders_of,
+    make_network,
+    step_decay,
+    train,
+)
+from studies.networks import make_student
+from studies.svcca import compared_images, draw_matrices, outputs_of, similarities
+
+SCALES = {
+    'paper': {
+        'images': None,  # of the training set: all
+        'compared': 2000,  # test images, by SVCCA
+        'share': 1.0,  # of the widths of both networks
+        'batch_size': 100,
+        'lr': 0.05,  # of the teacher
+        'student_lr': 0.01,
+        'teacher_epochs': 200,
+        'epochs': 100,
+        'temperature': 5.0,
+        'runs': 5,
+    },
+    'small': {
+        'images': 5000,
+        'compared': 500,
+        'share': 0.25,
+        'batch_size': 50,
+        'lr': 0.02,
+        'student_lr': 0.01,
+        'teacher_epochs': 15,
+        'epochs': 12,
+        'temperature': 5.0,
+        'runs': 4,
+    },
+    'smoke': {
+        'images': 100,
+        'compared': 40,
+        'share': 0.0625,
+        'batch_size': 20,
+        'lr': 0.02,
+        'student_lr': 0.01,
+        'teacher_epochs': 1,
+        'epochs': 1,
+        'temperature': 5.0,
+        'runs': 2,
+    },
+}
+STUDENTS = {'labels': 'on labels', 'teacher': 'on the teacher'}
+
+
+#### Training ######################################################################################
+
+
+def plan(settings, records):
+    return [({'part': 'students'}, seed) for seed in range(settings['runs'])]
+
+
+def fit(net, loader, lr, epochs, loss=cross_entropy):
+    trained = [p for p in net.parameters() if p.requires_grad]
+    options = {'momentum': MOMENTUM, 'weight_decay': WEIGHT_DECAY}
+    optimizer = torch.optim.SGD(trained, lr, **options)
+    scheduler = LambdaLR(optimizer, step_decay(len(loader), epochs))
+    train(net, loader, optimizer, scheduler, epochs, loss=loss)
+    return net
+
+
+def distillation(teacher, temperature):
+    """A loss(net, inputs, labels): T^2 KL(teacher || net), both softened by T, a mean of images."""
+
+    def loss(net, inputs, labels):
+        with torch.no_grad():
+            targets = F.log_softmax(teacher(inputs).float() / temperature, dim=1)
+        answers = F.log_softmax(net(inputs).float() / temperature, dim=1)
+        divergence = F.kl_div(answers, targets, reduction='batchmean', log_target=True)
+        return temperature**2 * divergence
+
+    return loss
+
+
+def train_cell(cell, seed, place):
+    """Accuracies in [0, 1] of the teacher and both students, and how alike their layers are."""
+    settings = place.settings
+    loader, tests = loaders_of(place, settings['batch_size'])
+    loader.seed = seed
+    teacher = make_network(settings['net'], loader, settings['share'], seed)
+    fit(teacher, loader, settings['lr'], settings['teacher_epochs'])
+    teacher.eval()
+    losses = {'labels': cross_entropy, 'teacher': distillation(teacher, settings['temperature'])}
+    images = compared_images(place)
+    of_teacher = outputs_of(teacher, images)
+    found = {'teacher_acc': airbench94.evaluate(teacher, tests)}
+    for name, loss in losses.items():
+        student = make_student(
+            len(loader.classes),
+            share=settings['share'],
+            seed=seed,
+            device=loader.device,
+            dtype=loader.dtype,
+        )
+        loader, _ = loaders_of(place, settings['batch_size'])  # the same images in the same order
+        loader.seed = seed
+        fit(student, loader, settings['student_lr'], settings['epochs'], loss)
+        alike = similarities(outputs_of(student, images), of_teacher)
+        found[name] = {'val_acc': airbench94.evaluate(student, tests), 'similarities': alike}
+    return found
+
+
+#### Table and pictures ############################################################################
+
+
+def gains_of(records):
+    """(seeds, student's layers): how much more alike a layer is to the teacher's, on average."""
+    found = []
+    for record in records:
+        with_teacher, without = [np.array(record[n]['similarities']) for n in ('teacher', 'labels')]
+        found.append((with_teacher - without).mean(1))
+    return np.array(found)
+
+
+def print_table(records):
+    print(f'accuracy in %, n={len(records)}, with its 95% interval               of the paper:')
+    accuracies = {'labels': [100 * record['labels']['val_acc'] for record in records]}
+    accuracies['teacher'] = [100 * record['teacher']['val_acc'] for record in records]
+    for name, published in (('labels', 83.01), ('teacher', 85.18)):
+        mean, half = mean_and_interval(accuracies[name])
+        print(f'student {STUDENTS[name]:16} {mean:6.2f} +-{half:5.2f} {published:24} (best of 5)')
+    mean, half = mean_and_interval([100 * record['teacher_acc'] for record in records])
+    print(f'teacher {"":16} {mean:6.2f} +-{half:5.2f}')
+    pair = accuracies['teacher'], accuracies['labels']
+    p = scipy.stats.ttest_rel(*pair, alternative='greater').pvalue
+    print(f'the teacher does not help: p={p:.2g}')
+    gains = gains_of(records)
+    print("\nhow much more alike to the teacher's layers distillation makes each layer:")
+    for i, values in enumerate(gains.T, 1):
+        mean, half = mean_and_interval(values)
+        print(f'  layer {i}: {mean:+.3f} +-{half:.3f}')
+    shallow, deep = gains[:, :2].mean(1), gains[:, 2:].mean(1)
+    p = scipy.stats.ttest_rel(deep, shallow, alternative='greater').pvalue
+    print(f'it does not make the three deep layers more alike than the convolutions: p={p:.2g}')
+
+
+def show(config, records, folder):
+    records = sorted(records, key=itemgetter('seed'))
+    if len(records) < 2:
+        raise UserError(f'{folder}: needs two seeds; train on, then --show')
+    print_table(records)
+    matrices = {}
+    for name, title in STUDENTS.items():
+        of_seeds = [record[name]['similarities'] for record in records]
+        matrices[f'student {title}'] = np.mean(of_seeds, axis=0)
+    difference = np.abs(matrices['student on the teacher'] - matrices['student on labels'])
+    draw_matrices(matrices | {'difference, absolute': difference}, folder / 'svcca')
+
+
+STUDY = Study(
+    'distill',
+    __doc__,
+    {net: SCALES for net in ('vgg16-bn', 'vgg16', 'airbench')},
+    plan,
+    train_cell,
+    show,
+)
+
+if __name__ == '__main__':
+    sys.exit(run_study(STUDY))

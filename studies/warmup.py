@@ -1,0 +1,244 @@
+"""What warmup of the learning rate does, and freezing the head instead (Gotmare et al. 2019, 4).
+
+    python -m studies.warmup                                # in an hour, on two CPU cores
+    torchrun --nproc_per_node=8 -m studies.warmup --net resnet18 --scale paper --data cifar10
+    python -m studies.warmup --show --out logs/mine         # the table and the pictures again
+
+A network is trained in small batches; and in large ones, at a rate that is as much higher, without
+warmup, with warmup (the rate rises from 0), and without it but with the fully connected layers
+frozen for as long. SVCCA compares each layer after the warmup with itself at the start, and, of the
+training with warmup, at the end with after the warmup (Figures 4 and 5). Then the rate is divided
+by 10 at three places. The paper: with warmup, as in small batches, the last layers stay more alike
+to their start than without, and freezing them does as well as warmup (Figure 6, Appendix 10).
+
+--scale paper is the paper's, with VGG-11, 3 seeds and 4 trainings of 300 epochs: 550 PFLOP, or 1.4
+A100-hours at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains narrow networks
+on a twentieth of the images.
+"""
+
+import sys
+from operator import itemgetter
+
+import numpy as np
+import scipy.stats
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+import airbench94
+from studies.common import (
+    COLOURS,
+    Study,
+    UserError,
+    in_cell,
+    mean_and_interval,
+    new_figure,
+    run_study,
+    save_both,
+    whole_seeds,
+)
+from studies.modes import MOMENTUM, WEIGHT_DECAY, loaders_of, make_network, train
+from studies.svcca import compared_images, draw_matrices, layers_of, outputs_of, similarities
+
+SCALES = {
+    'paper': {
+        'images': None,  # of the training set: all
+        'compared': 2000,  # test images, by SVCCA
+        'share': 1.0,  # of the network's widths
+        'batch_size': 100,
+        'large_batch_size': 5000,
+        'lr': 0.05,
+        'large_lr': 2.5,
+        'warm_up': 20,  # epochs
+        'drops': [60, 120, 150],  # epochs after which the rate is divided by 10
+        'epochs': 300,
+        'runs': 3,
+    },
+    'small': {
+        'images': 2500,
+        'compared': 500,
+        'share': 0.125,
+        'batch_size': 25,
+        'large_batch_size': 250,
+        'lr': 0.05,
+        'large_lr': 0.5,
+        'warm_up': 4,
+        'drops': [12, 24, 30],
+        'epochs': 32,
+        'runs': 3,
+    },
+    'smoke': {
+        'images': 100,
+        'compared': 40,
+        'share': 0.0625,
+        'batch_size': 20,
+        'large_batch_size': 50,
+        'lr': 0.02,
+        'large_lr': 0.05,
+        'warm_up': 1,
+        'drops': [2],
+        'epochs': 2,
+        'runs': 2,
+    },
+}
+# The rates of ResNets are twice as high (Appendix 10).
+RESNET = {}
+for scale, own in SCALES.items():
+    RESNET[scale] = own | {'lr': 2 * own['lr'], 'large_lr': 2 * own['large_lr']}
+TRAININGS = {
+    'sb': 'small batches',
+    'lb': 'large batches',
+    'lb-warmup': 'large, with warmup',
+    'lb-frozen': 'large, head frozen',
+}
+
+
+#### Training ######################################################################################
+
+
+def plan(settings, records):
+    cells = [{'training': name} for name in TRAININGS]
+    return [(cell, seed) for seed in range(settings['runs']) for cell in cells]
+
+
+def rate_share(settings, steps, has_warmup):
+    """The share of the peak rate at a step; steps: of an epoch."""
+
+    def share(step):
+        epoch = step / steps
+        drops = sum(epoch >= drop for drop in settings['drops'])
+        warm_up = min(1, (step + 1) / (settings['warm_up'] * steps)) if has_warmup else 1
+        return warm_up * 0.1**drops
+
+    return share
+
+
+def head_of(net):
+    """The parameters of the fully connected layers."""
+    layers = [module for module in layers_of(net).values() if isinstance(module, torch.nn.Linear)]
+    return [p for layer in layers for p in layer.parameters()]
+
+
+def train_cell(cell, seed, place):
+    """Accuracies after each epoch, and similarities of the layers between three moments."""
+    settings, name = place.settings, cell['training']
+    size = 'batch_size' if name == 'sb' else 'large_batch_size'
+    lr = settings['lr'] if name == 'sb' else settings['large_lr']
+    loader, tests = loaders_of(place, settings[size])
+    loader.seed = seed
+    net = make_network(settings['net'], loader, settings['share'], seed)
+    images = compared_images(place)
+    accuracies, outputs = [], {}
+
+    def look(epoch):
+        accuracies.append(airbench94.evaluate(net, tests))
+        if epoch in (0, settings['warm_up'], settings['epochs']):
+            outputs[epoch] = outputs_of(net, images)
+        if epoch == settings['warm_up']:
+            for p in head_of(net):
+                p.requires_grad = True
+
+    look(0)
+    optimizer = torch.optim.SGD(net.parameters(), lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    for p in head_of(net):
+        p.requires_grad = name != 'lb-frozen'
+    share = rate_share(settings, len(loader), name == 'lb-warmup')
+    train(net, loader, optimizer, LambdaLR(optimizer, share), settings['epochs'], on_epoch=look)
+    start, warm, end = [outputs[epoch] for epoch in (0, settings['warm_up'], settings['epochs'])]
+    kinds = [type(layer).__name__ for layer in layers_of(net).values()]
+    return {
+        'val_acc': accuracies,
+        'is_head': [kind == 'Linear' for kind in kinds],
+        'start and warm': similarities(start, warm),
+        'warm and end': similarities(warm, end),
+    }
+
+
+#### Table and pictures ############################################################################
+
+
+def of_training(records, name):
+    """The records of a training, by seed."""
+    return sorted(in_cell(records, training=name), key=itemgetter('seed'))
+
+
+def head_similarities(records, name):
+    """Of each seed: the mean over the head's layers of their similarity to their start."""
+    means = []
+    for record in of_training(records, name):
+        diagonal = np.diag(record['start and warm'])
+        means.append(diagonal[np.array(record['is_head'])].mean())
+    return np.array(means)
+
+
+def accuracies_at(records, name, epoch):
+    """In percent, of each seed."""
+    return np.array([100 * record['val_acc'][epoch] for record in of_training(records, name)])
+
+
+def print_table(records, warm_up):
+    n = len(of_training(records, 'lb'))
+    print(f'n={n}, with 95% intervals; accuracies in %')
+    print(f'{"":20} after warmup       at the end         similarity of the head to its start')
+    for name, title in TRAININGS.items():
+        row = f'{title:20}'
+        for epoch in (warm_up, -1):
+            mean, half = mean_and_interval(accuracies_at(records, name, epoch))
+            row += f' {mean:6.2f} +-{half:6.2f}  '
+        mean, half = mean_and_interval(head_similarities(records, name))
+        print(f'{row} {mean:6.3f} +-{half:6.3f}')
+    with_warmup, without = [head_similarities(records, name) for name in ('lb-warmup', 'lb')]
+    p = scipy.stats.ttest_rel(with_warmup, without, alternative='greater').pvalue
+    print(f'warmup does not keep the head more alike to its start: p={p:.2g}')
+    frozen, warm, without = [
+        accuracies_at(records, name, warm_up) for name in ('lb-frozen', 'lb-warmup', 'lb')
+    ]
+    gain, half = mean_and_interval(frozen - warm)
+    print(f'frozen over warmup, after it: {gain:+.2f} +-{half:.2f} percentage points')
+    p = scipy.stats.ttest_rel(frozen, without, alternative='greater').pvalue
+    print(f'freezing is not better than nothing, after it: p={p:.2g}')
+
+
+def draw_trainings(records, warm_up, stem):
+    """Figure 4: accuracies, and the similarity of each layer to its start."""
+    figure = new_figure(9, 3.6)
+    left, right = figure.subplots(1, 2)
+    for (name, title), colour in zip(TRAININGS.items(), COLOURS):
+        accuracies = np.array([record['val_acc'] for record in of_training(records, name)])
+        left.plot(100 * accuracies.mean(0), color=colour, label=title)
+        alike = [np.diag(record['start and warm']) for record in of_training(records, name)]
+        layers = range(1, len(alike[0]) + 1)
+        right.plot(layers, np.mean(alike, axis=0), 'o-', color=colour)
+    left.axvline(warm_up, color='grey', linewidth=0.8)
+    left.set(xlabel='epochs', ylabel='test accuracy (%)')
+    left.legend(frameon=False, fontsize='small')
+    right.set(xlabel='layer', ylabel='similarity to its start, after warmup', ylim=(0, 1.02))
+    save_both(figure, stem)
+
+
+def show(config, records, folder):
+    settings = config['settings']
+    records = whole_seeds(records, plan(settings, []))
+    if len(records) < 2 * len(TRAININGS):
+        raise UserError(f'{folder}: needs two seeds with all their networks; train on, then --show')
+    print_table(records, settings['warm_up'])
+    draw_trainings(records, settings['warm_up'], folder / 'warmup')
+    matrices = {}
+    for name, title in list(TRAININGS.items())[:3]:
+        of_seeds = [record['start and warm'] for record in of_training(records, name)]
+        matrices[f'{title}: start, warm'] = np.mean(of_seeds, axis=0)
+    of_seeds = [record['warm and end'] for record in of_training(records, 'lb-warmup')]
+    matrices['with warmup: warm, end'] = np.mean(of_seeds, axis=0)
+    draw_matrices(matrices, folder / 'svcca')
+
+
+STUDY = Study(
+    'warmup',
+    __doc__,
+    {'vgg11-bn': SCALES, 'vgg11': SCALES, 'resnet18': RESNET, 'resnet32': RESNET},
+    plan,
+    train_cell,
+    show,
+)
+
+if __name__ == '__main__':
+    sys.exit(run_study(STUDY))
