@@ -72,51 +72,67 @@ GIVEN = ('A', 'B')
 #### Estimates #####################################################################################
 
 
-def principal(x, variance):
-    """An orthonormal basis (n, k) of the directions of x, (n, features), that have so much of it.
+def principal(x, variance=0.99):
+    """Orthonormal directions of x, (..., n, features), that have so much of its variance.
 
-    x may be complex. Its columns are centred first.
+    x may be complex; its columns are centred first. Returns (directions (..., n, k), of which those
+    after the last one that is needed are 0; how many are needed (...)).
     """
-    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-    explained = (s**2).cumsum(0) / (s**2).sum()
-    return u[:, : int((explained < variance).sum()) + 1]
+    u, s, _ = torch.linalg.svd(x - x.mean(-2, keepdim=True), full_matrices=False)
+    before = (s**2).cumsum(-1) - s**2
+    is_needed = before < variance * (s**2).sum(-1, keepdim=True)
+    return u * is_needed[..., None, :], is_needed.sum(-1)
 
 
-def correlations(x, y, variance=0.99):
-    """The canonical correlations of x and y, (n, features) each, of so much of their variance.
+def correlations(x, y):
+    """The canonical correlations of what `principal` returns, (..., k): largest first, then 0.
 
-    As the bases are orthonormal, they are the singular values of the bases' product.
+    As the directions are orthonormal, they are the singular values of the directions' product.
     """
-    return torch.linalg.svdvals(principal(x, variance).mH @ principal(y, variance)).clamp(max=1)
+    (x, _), (y, _) = x, y
+    return torch.linalg.svdvals(x.mH @ y).clamp(max=1)
 
 
-def lowest_frequencies(maps, size):
-    """(frequencies, n, channels), complex: the lowest size * size ones of maps (n, channels, H, W).
+def frequencies(size):
+    """Rows and columns of the Fourier transform of real maps of size * size that are independent.
 
-    Those of maps of different sizes are in the same order. Real maps have a frequency and its
-    negative conjugated, of which one is kept.
+    A frequency's negative is its conjugate, so that one of them is left out. Those of smaller maps
+    are among those of larger ones.
     """
-    spectrum = torch.fft.fft2(maps)
-    kept = []
+    found = []
     for a, b in itertools.product(range(size), repeat=2):
-        negative = (-a % size, -b % size)
-        if (a, b) <= negative:
-            row, column = [k if k <= size // 2 else k - size for k in (a, b)]
-            kept.append(spectrum[:, :, row, column])
-    return torch.stack(kept)
+        if (a, b) <= (-a % size, -b % size):
+            found.append(tuple(k if k <= size // 2 else k - size for k in (a, b)))
+    return found
 
 
-def similarity(x, y, variance=0.99):
-    """Mean canonical correlation of two layers' outputs to the same n images.
+class Layer:
+    """A layer's outputs to n images, as the principal directions of each of its frequencies.
 
-    x, y: (n, features), or (n, channels, H, W) of a convolution; square maps.
+    outputs: (n, channels, size, size), or (n, features), whose one frequency is the mean.
     """
-    if x.ndim == 2 and y.ndim == 2:
-        return correlations(x.double(), y.double(), variance).mean().item()
-    maps = [layer[..., None, None] if layer.ndim == 2 else layer for layer in (x, y)]
-    size = min(layer.shape[-1] for layer in maps)
-    pairs = zip(*(lowest_frequencies(layer.double(), size) for layer in maps))
-    return float(np.mean([correlations(a, b, variance).mean().item() for a, b in pairs]))
+
+    def __init__(self, outputs):
+        maps = outputs.double() if outputs.ndim == 4 else outputs.double()[..., None, None]
+        self.size = maps.shape[-1]
+        self.places = {place: i for i, place in enumerate(frequencies(self.size))}
+        spectrum = torch.fft.fft2(maps)
+        self.directions, self.needed = principal(
+            torch.stack([spectrum[:, :, row, column] for row, column in self.places])
+        )
+
+    def at(self, places):
+        """(directions, how many are needed) of some of the frequencies."""
+        chosen = [self.places[place] for place in places]
+        return self.directions[chosen], self.needed[chosen]
+
+
+def similarity(first, second):
+    """The mean canonical correlation of two Layers, over directions and common frequencies."""
+    places = frequencies(min(first.size, second.size))
+    x, y = first.at(places), second.at(places)
+    count = torch.minimum(x[1], y[1])
+    return (correlations(x, y).sum(-1) / count).mean().item()
 
 
 def layers_of(net):
@@ -146,7 +162,8 @@ def outputs_of(net, images):
 
 def similarities(first, second):
     """A matrix: of each layer of the one with each of the other; {name: outputs} both."""
-    return [[similarity(x, y) for y in second.values()] for x in first.values()]
+    rows, columns = [[Layer(outputs) for outputs in net.values()] for net in (first, second)]
+    return [[similarity(x, y) for y in columns] for x in rows]
 
 
 #### Training ######################################################################################
