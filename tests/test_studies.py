@@ -1,11 +1,14 @@
 """Estimators against data whose answer is known; every study at smoke scale, killed and resumed."""
 
+import importlib
 import json
+import multiprocessing
+import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
@@ -16,18 +19,7 @@ from PIL import Image
 import airbench94
 import airbench95
 import airbench96
-from studies import (
-    ablation,
-    common,
-    cosine,
-    datasets,
-    flip,
-    frontier,
-    landscape,
-    swa,
-    swap_tables,
-    variance,
-)
+from studies import ablation, common, datasets, flip, frontier, variance
 
 FEW = {'device': 'cpu', 'dtype': torch.float32}
 AIRBENCH94 = {'net': 'airbench94'}
@@ -339,31 +331,56 @@ def test_a_feature_is_taken_out_or_put_in(feature, tmp_path, monkeypatch):
 
 #### Every study, by two processes ####
 
-STUDIES = {  # name: (module, a picture that it draws)
-    'flip': (flip, 'strip.png'),
-    'variance': (variance, 'variance.svg'),
-    'datasets': (datasets, None),
-    'ablation': (ablation, 'ablation.png'),
-    'swap_tables': (swap_tables, 'swap_tables.png'),
-    'swa': (swa, 'swa.png'),
-    'landscape': (landscape, 'plane-phases.png'),
-    'cosine': (cosine, 'cosine.svg'),
+PICTURES = {  # one that the study draws
+    'flip': 'strip.png',
+    'variance': 'variance.svg',
+    'datasets': None,
+    'ablation': 'ablation.png',
+    'swap_tables': 'swap_tables.png',
+    'swa': 'swa.png',
+    'landscape': 'plane-phases.png',
+    'cosine': 'cosine.svg',
+    'connectivity': 'map.png',
+    'svcca': 'svcca.png',
+    'restarts': 'plane.png',
+    'warmup': 'warmup.png',
+    'distill': 'svcca.png',
 }
+# Its processes have imported torch and the studies when they start.
+SERVER = multiprocessing.get_context('forkserver')
+SERVER.set_forkserver_preload([f'studies.{name}' for name in PICTURES])
+
+
+def study_of(name):
+    return importlib.import_module(f'studies.{name}').STUDY
+
+
+def run_rank(name, out, rank):
+    """What RANK=rank WORLD_SIZE=2 python -m studies.NAME does, with its output in a log."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2')
+    torch.set_num_threads(1)
+    call = ['--scale', 'smoke', '--data', 'digits', '--device', 'cpu', '--out', str(out)]
+    with open(log_of(out, rank), 'w') as log, redirect_stdout(log), redirect_stderr(log):
+        code = common.run_study(study_of(name), call)
+    sys.exit(code)
+
+
+def log_of(out, rank):
+    return out.parent / f'{rank}.log'
 
 
 def start(name, out, rank):
-    command = [sys.executable, '-m', f'studies.{name}', '--scale', 'smoke', '--data', 'digits']
-    environment = ONE_THREAD | {'RANK': str(rank), 'WORLD_SIZE': '2'}
-    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-    return subprocess.Popen([*command, '--out', str(out)], cwd=ROOT, env=environment, **pipes)
+    process = SERVER.Process(target=run_rank, args=(name, out, rank))
+    process.start()
+    return process
 
 
 def kill_after_the_first(process, out):
     deadline = time.time() + 120
     while not list(out.glob('cells/*.json')) and time.time() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    process.join()
 
 
 def test_pairs_are_of_seeds_that_every_cell_has():
@@ -374,9 +391,9 @@ def test_pairs_are_of_seeds_that_every_cell_has():
     assert common.whole_seeds(records[1:5], jobs) == []
 
 
-@pytest.mark.parametrize('name', STUDIES)
+@pytest.mark.parametrize('name', PICTURES)
 def test_two_processes_make_a_study_which_was_killed(name, tmp_path, capsys):
-    study, picture = STUDIES[name]
+    study, picture = study_of(name), PICTURES[name]
     out = tmp_path / name
     kill_after_the_first(start(name, out, 0), out)
     before = {file: file.read_bytes() for file in out.glob('cells/*.json')}
@@ -384,8 +401,10 @@ def test_two_processes_make_a_study_which_was_killed(name, tmp_path, capsys):
     assert 0 < len(before) < len(study.plan(settings, []))
 
     both = [start(name, out, rank) for rank in (0, 1)]
-    outputs = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
+    for process in both:
+        process.join(300)
+    outputs = [log_of(out, rank).read_text() for rank in (0, 1)]
+    assert [process.exitcode for process in both] == [0, 0], outputs
     assert {file: file.read_bytes() for file in before} == before
     records = common.read_cells(out)
     made = {common.cell_file(out, record['cell'], record['seed']) for record in records}
@@ -397,11 +416,19 @@ def test_two_processes_make_a_study_which_was_killed(name, tmp_path, capsys):
     for is_kept in (False, True):
         if is_kept:
             shutil.rmtree(out / 'cells')
-        assert common.run_study(study.STUDY, ['--show', '--out', str(out)]) == 0
+        assert common.run_study(study, ['--show', '--out', str(out)]) == 0
         table = capsys.readouterr().out.partition('\nplot')[0]
-        assert table and table in outputs[0][0]
-    assert outputs[1][0].count('of the paper') == 0
+        assert table and table in outputs[0]
+    assert 'plot in' not in outputs[1]
     assert common.read_study(out)[1] == records
+
+
+def test_a_study_is_a_command(tmp_path):
+    command = [sys.executable, '-m', 'studies.flip', '--show', '--out', str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ''
+    assert result.stderr.startswith(f'studies.flip: {tmp_path}: holds no records of a study')
+    assert result.stderr.count('\n') == 1
 
 
 def test_a_records_seed_makes_the_same_network_again(tmp_path):

@@ -1,0 +1,317 @@
+"""Curves, SVCCA, warmup and distillation against what is known or made by hand."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.cross_decomposition import CCA
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import airbench94
+from studies import common, connectivity, distill, modes, networks, restarts, svcca, warmup
+
+CPU = {'device': 'cpu', 'dtype': torch.float32}
+
+
+def digits(train=True, batch_size=20, n=100):
+    loader = airbench94.CifarLoader('digits', train, batch_size, **CPU)
+    return common.first_images(loader, n)
+
+
+def make_place(folder, study, net, **settings):
+    loaders = [airbench94.CifarLoader('digits', train, 100, **CPU) for train in (True, False)]
+    smoke = study.SCALES['smoke'] | {'net': net, 'files': []} | settings
+    return common.Place(smoke, folder, *loaders)
+
+
+#### Networks ####
+
+
+@pytest.mark.parametrize(
+    'name, layers, parameters',  # layers with those of the shortcuts
+    [('vgg16', 16, 15_245_130), ('vgg16-bn', 16, 15_253_578), ('vgg11', 11, 9_750_922),
+     ('resnet18', 21, 11_173_962), ('resnet32', 34, 466_906)],
+)  # fmt: skip
+def test_networks_are_those_of_the_papers(name, layers, parameters):
+    net = modes.make_network(name, digits(), share=1.0, seed=0)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    assert len(svcca.layers_of(net)) == layers
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_initial_weights_have_the_variance_that_is_asked_for():
+    for variance in (2.0, 6.0):
+        net = networks.make_vgg(16, share=0.5, variance=variance, seed=0, **CPU)
+        layer = net[0][10]
+        assert layer.weight.var().item() * layer.weight[0].numel() == pytest.approx(
+            variance, rel=0.05
+        )
+        assert not layer.bias.any()
+    again = networks.make_vgg(16, share=0.5, variance=6.0, seed=0, **CPU)
+    assert torch.equal(again[0][10].weight, layer.weight)
+
+
+def test_airbenchs_network_is_whitened():
+    loader = digits()
+    net = modes.make_network('airbench', loader, share=0.125, seed=0)
+    first = net[0].weight
+    assert torch.equal(first[:12], -first[12:]) and not first.requires_grad
+
+
+@pytest.mark.parametrize('share', [0.0625, 0.125])
+def test_narrow_resnets_train_without_harm(share):
+    net = networks.make_resnet(32, share=share, seed=0, **CPU)
+    images = torch.randn(20, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        net(images).sum().backward()
+
+
+#### Training ####
+
+
+def test_rates_of_step_decay_and_of_restarts():
+    share = modes.step_decay(10, 20)
+    rates = [share(step) for step in range(200)]
+    assert rates[59] == 1 and rates[60] == 0.2
+    assert rates[120] == pytest.approx(0.04) and rates[199] == pytest.approx(0.008)
+
+    settings = {'first_period': 10, 'drops': [60, 150]}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.05)
+    scheduler = restarts.make_scheduler('sgdr', optimizer, settings, steps=4)
+    rates = []
+    for _ in range(155 * 4):
+        rates.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        scheduler.step()
+    peaks = [i / 4 for i, rate in enumerate(rates) if rate == 0.05]
+    assert peaks == [0, 10, 30, 70, 150]
+    assert rates[50 * 4] == pytest.approx((0.05 + 1e-6) / 2) and rates[-21] < 1e-4
+
+
+def test_a_training_that_diverges_is_told():
+    net = networks.make_vgg(11, share=0.0625, seed=0, **CPU)
+    optimizer = torch.optim.SGD(net.parameters(), 1e12)
+    with pytest.raises(common.UserError, match='diverges: the loss is nan'):
+        modes.train(net, digits(), optimizer, LambdaLR(optimizer, lambda step: 1), 2)
+
+
+#### Curves ####
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8), nn.ReLU(), nn.Linear(8, 10))
+
+
+def two_ends():
+    nets = [small_net(), small_net()]
+    nn.init.normal_(nets[1][1].weight, std=0.1)
+    return nets[0], [modes.parameters_of(net) for net in nets]
+
+
+@pytest.mark.parametrize('kind', modes.KINDS)
+def test_a_curves_ends_are_its_networks_and_a_middle_bend_is_the_segment(kind):
+    net, (first, last) = two_ends()
+    curve = modes.new_curve(first, last, net, kind)
+    for t in (0, 0.2, 0.5, 0.9, 1):
+        for name, value in curve.weights(t).items():
+            expected = (1 - t) * first[name] + t * last[name]
+            assert torch.allclose(value, expected, atol=1e-6)
+    for name in curve.bend:
+        curve.bend[name] = curve.bend[name] + 1
+    for t, end in ((0, first), (1, last)):
+        assert all(torch.equal(value, end[name]) for name, value in curve.weights(t).items())
+    # At t = 0.5 a chain is its bend, and a Bezier curve half of it.
+    share = 1.0 if kind == 'chain' else 0.5
+    middle = curve.weights(0.5)['1.weight'] - (first['1.weight'] + last['1.weight']) / 2
+    assert torch.allclose(middle, torch.full_like(middle, share), atol=1e-6)
+
+
+@pytest.mark.parametrize('kind', modes.KINDS)
+def test_training_a_curve_lowers_its_barrier_and_leaves_its_ends(kind):
+    loader = digits(n=200)
+    loader.aug = loader.aug | {'flip': False, 'translate': 0}
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.02, momentum=0.9)
+    modes.train(net, loader, optimizer, LambdaLR(optimizer, modes.step_decay(10, 60)), 60)
+    # The same network, of which the hidden units are in another order.
+    first = modes.parameters_of(net)
+    last = {name: p.roll(3, dims=0) for name, p in first.items()}
+    last['3.weight'] = first['3.weight'].roll(3, dims=1)
+    last['3.bias'] = first['3.bias']
+    ends = [first, last]
+    curve = modes.new_curve(*ends, net, kind)
+    tests = digits(train=False)
+    before = modes.measure_curve(curve, net, (loader, tests), 9)
+    hyp = {'lr': 0.02, 'momentum': 0.9, 'weight_decay': 0.0, 'epochs': 40}
+    modes.train_curve(curve, net, loader, hyp, seed=0)
+    after = modes.measure_curve(curve, net, (loader, tests), 9)
+    barriers = [modes.barrier(modes.values_of(points, 'train_loss')) for points in (before, after)]
+    assert barriers[0] > 1 and barriers[1] < 0.3 * barriers[0]
+    for at in (0, -1):
+        assert before[at]['train_loss'] == pytest.approx(after[at]['train_loss'], rel=1e-5)
+
+
+def test_a_point_is_measured_with_its_own_statistics(tmp_path):
+    place = make_place(tmp_path, connectivity, 'vgg16-bn')
+    loaders = modes.loaders_of(place, 20)
+    net = modes.make_network('vgg16-bn', loaders[0], 0.0625, seed=0)
+    weights = modes.parameters_of(net)
+    before = modes.measure(net, weights, *loaders)
+    with torch.no_grad():
+        for name, value in net.named_buffers():
+            if 'running' in name:
+                value.fill_(7.0)
+    assert modes.measure(net, weights, *loaders) == before
+
+
+def test_given_networks_are_joined(tmp_path):
+    hyp = airbench94.override(airbench94.hyp, [f'net.widths.block{i}=8' for i in (1, 2, 3)])
+    files = []
+    for seed in (0, 1):
+        net = airbench94.make_net(hyp, 10, seed=seed, **CPU)
+        files.append(str(tmp_path / f'{seed}.pt'))
+        airbench94.save_network(tmp_path / f'{seed}.pt', net, hyp, digits())
+    out = tmp_path / 'out'
+    call = [*files, '--scale', 'smoke', '--data', 'digits', '--device', 'cpu', '--out', str(out)]
+    assert common.run_study(connectivity.STUDY, call) == 0
+    curves = common.in_cell(common.read_cells(out), part='curve')
+    assert {record['cell']['pair'] for record in curves} == {'AB'} and len(curves) == 2
+    assert common.run_study(svcca.STUDY, [*call[:-1], str(tmp_path / 'alike')]) == 0
+    assert (tmp_path / 'alike' / 'svcca.png').stat().st_size > 10_000
+
+
+#### SVCCA ####
+
+
+def alike(x, y):
+    return svcca.similarity(svcca.Layer(x), svcca.Layer(y))
+
+
+def test_svcca_does_not_see_rotations_and_scales():
+    torch.manual_seed(0)
+    x = torch.randn(300, 12) @ torch.randn(12, 12)
+    rotation, _ = torch.linalg.qr(torch.randn(12, 12))
+    assert alike(x, x @ rotation) == pytest.approx(1)
+    assert alike(x, 3 * x + 5) == pytest.approx(1)
+    maps = torch.randn(100, 6, 5, 5)
+    mixed = torch.einsum('nchw,cd->ndhw', maps, rotation[:6, :6])
+    assert alike(maps, maps[:, torch.randperm(6)] * 2) == pytest.approx(1)
+    assert alike(maps, mixed) == pytest.approx(1)
+    assert alike(maps, maps.roll((1, 2), (2, 3))) == pytest.approx(1)  # a shift turns phases alone
+
+
+def test_svcca_of_noise_is_at_chance():
+    torch.manual_seed(1)
+    n, k = 4000, 10
+    x, y = torch.randn(n, k), torch.randn(n, k)
+    # The squares of the correlations have the mean k / n.
+    found = svcca.correlations(svcca.principal(x, 1.0), svcca.principal(y, 1.0))
+    assert (found**2).mean().item() == pytest.approx(k / n, rel=0.3)
+    assert alike(torch.randn(1000, 4, 6, 6), torch.randn(1000, 4, 6, 6)) < 0.15
+
+
+def test_correlations_are_scikit_learns():
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((400, 5))
+    y = x @ rng.standard_normal((5, 3)) + 2 * rng.standard_normal((400, 3))
+    cca = CCA(3, max_iter=5000, tol=1e-10).fit(x, y)
+    theirs = [np.corrcoef(a, b)[0, 1] for a, b in zip(*(part.T for part in cca.transform(x, y)))]
+    parts = [svcca.principal(torch.from_numpy(part), 1.0) for part in (x, y)]
+    assert svcca.correlations(*parts)[:3].tolist() == pytest.approx(theirs, abs=1e-6)
+
+
+def test_directions_have_99_percent_of_the_variance():
+    torch.manual_seed(3)
+    x = torch.randn(5000, 3) * torch.tensor([10.0, 1.2, 0.1])  # shares of 98.6%, 1.4%, 0.01%
+    directions, needed = svcca.principal(x)
+    assert needed == 2 and not directions[:, 2].any()
+    assert torch.allclose(directions[:, :2].T @ directions[:, :2], torch.eye(2), atol=1e-4)
+
+
+@pytest.mark.parametrize('size', [1, 2, 4, 5, 8])
+def test_frequencies_of_small_maps_are_among_those_of_large_ones(size):
+    found = svcca.frequencies(size)
+    assert set(found) <= set(svcca.frequencies(2 * size)) & set(svcca.frequencies(2 * size + 1))
+    # With their conjugates, they are all that there are.
+    every = {(a % size, b % size) for a, b in found} | {(-a % size, -b % size) for a, b in found}
+    assert len(every) == size**2
+
+
+def test_layers_of_different_sizes_are_compared_by_their_lowest_frequencies():
+    torch.manual_seed(4)
+    wide = torch.zeros(200, 4, 8, 8, dtype=torch.complex128)
+    small = torch.fft.fft2(torch.randn(200, 4, 3, 3).double())
+    for a, b in [(a, b) for a in (0, 1, -1) for b in (0, 1, -1)]:
+        wide[:, :, a, b] = small[:, :, a, b]
+    maps = torch.fft.ifft2(wide).real
+    assert alike(torch.fft.ifft2(small).real, maps) == pytest.approx(1, abs=1e-6)
+    means = maps.mean((2, 3))
+    assert alike(means, maps) == pytest.approx(1, abs=1e-6)
+
+
+#### Warmup ####
+
+
+def test_the_rate_rises_and_drops():
+    settings = {'warm_up': 2, 'drops': [4, 6]}
+    share = warmup.rate_share(settings, steps=10, has_warmup=True)
+    assert share(0) == 0.05 and share(9) == 0.5 and share(19) == share(39) == 1
+    assert share(40) == 0.1 and share(60) == pytest.approx(0.01)
+    assert warmup.rate_share(settings, 10, has_warmup=False)(0) == 1
+
+
+@pytest.mark.parametrize('net', ['vgg11', 'resnet18'])
+def test_a_frozen_head_stays_and_then_learns(net, tmp_path, monkeypatch):
+    place = make_place(tmp_path, warmup, net)
+    heads = []
+
+    def train(net, loader, optimizer, scheduler, epochs, on_epoch):
+        def look(epoch):
+            heads.append([p.detach().clone() for p in warmup.head_of(net)])
+            on_epoch(epoch)
+
+        look(0)
+        modes.train(net, loader, optimizer, scheduler, epochs, on_epoch=look)
+
+    monkeypatch.setattr(warmup, 'train', train)
+    warmup.train_cell({'training': 'lb-frozen'}, 0, place)
+    start, warm, end = heads
+    assert len(start) == (6 if net == 'vgg11' else 2)
+    assert all(torch.equal(a, b) for a, b in zip(start, warm))
+    assert not any(torch.equal(a, b) for a, b in zip(warm, end))
+
+
+#### Distillation ####
+
+
+def test_distillations_gradient_does_not_shrink_with_the_temperature():
+    torch.manual_seed(5)
+    inputs = torch.randn(200, 10)
+    noise = 0.01 * torch.randn(200, 10)
+
+    def teacher(x):
+        return x + noise
+
+    gradients = []
+    for temperature in (20.0, 40.0):
+        logits = inputs.clone().requires_grad_()
+        loss = distill.distillation(teacher, temperature)(nn.Identity(), logits, None)
+        loss.backward()
+        gradients.append(logits.grad)
+    # At a high temperature it is (logits - teacher's) / (N classes), whatever the temperature.
+    centred = noise - noise.mean(1, keepdim=True)
+    assert torch.allclose(gradients[1], -centred / (200 * 10), rtol=0.2, atol=1e-6)
+    norms = [gradient.norm().item() for gradient in gradients]
+    assert norms[0] == pytest.approx(norms[1], rel=0.1)
+
+
+def test_a_student_of_itself_has_no_loss_and_that_of_labels_is_cross_entropy():
+    logits, labels = torch.randn(30, 10), torch.arange(30) % 10
+    loss = distill.distillation(nn.Identity(), 5.0)
+    assert loss(nn.Identity(), logits, labels).item() == pytest.approx(0, abs=1e-6)
+    # Of a teacher that is sure, at temperature 1, it is that of labels.
+    sure = distill.distillation(lambda x: 1e4 * F.one_hot(labels, 10).float(), 1.0)
+    expected = F.cross_entropy(logits, labels).item()
+    assert sure(nn.Identity(), logits, labels).item() == pytest.approx(expected, rel=1e-4)
