@@ -313,7 +313,7 @@ def draw_ways(records, points, stem):
             segment, curve = [values_of(record[way], 'train_loss') for way in ('segment', 'curve')]
             axes.plot(t, segment, '--', color=of_pair)
             axes.plot(t, curve, color=of_pair, label=label)
-        title = f'{schedule}: curves, and segments dashed'
+        title = f'{schedule}; segments dashed'
         axes.set(xlabel='t', ylabel='training loss', yscale='log', title=title)
         axes.legend(frameon=False, fontsize='small', title='epochs')
     first_axes.set(xlabel='epochs', ylabel='test accuracy (%)')

@@ -19,6 +19,7 @@ images, 100 epochs each: 28 PFLOP a seed, or 4 A100-minutes at airbench94's rate
 """
 
 import itertools
+import math
 import sys
 
 import numpy as np
@@ -237,14 +238,16 @@ def print_table(matrices):
 
 def draw_matrices(matrices, stem):
     """A heat map of each {title: matrix} of similarities."""
-    figure = new_figure(4.5 * len(matrices), 3.8)
-    grid = figure.subplots(1, len(matrices), squeeze=False)[0]
-    for axes, (title, matrix) in zip(grid, matrices.items()):
+    columns = 2 if len(matrices) > 3 else len(matrices)
+    rows = math.ceil(len(matrices) / columns)
+    figure = new_figure(4 * columns + 1, 3.8 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, (title, matrix) in zip(grid.flat, matrices.items()):
         image = axes.imshow(matrix, vmin=0, vmax=1, origin='lower', cmap='viridis')
-        rows, columns = np.array(matrix).shape
+        first, second = np.array(matrix).shape
         axes.set(xlabel='layer of the second', ylabel='layer of the first', title=title)
-        axes.set_xticks(range(0, columns, 2), range(1, columns + 1, 2))
-        axes.set_yticks(range(0, rows, 2), range(1, rows + 1, 2))
+        axes.set_xticks(range(0, second, 2), range(1, second + 1, 2))
+        axes.set_yticks(range(0, first, 2), range(1, first + 1, 2))
     figure.colorbar(image, ax=grid, label='mean canonical correlation')
     save_both(figure, stem)
 
