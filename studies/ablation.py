@@ -23,13 +23,14 @@ import numpy as np
 from torch import nn
 
 import airbench94
-from studies.common import COLOURS, Study, in_cell, new_figure, run_study, save_both
+from studies.common import COLOURS, Study, first_images, in_cell, new_figure, run_study, save_both
 from studies.flip import NARROW, FlipLoader
 
 SCALES = {
     'paper': {
         'hyp': [],
         'images': None,  # of the training set: all
+        'tests': None,  # of the test set: all
         'target': 0.94,
         'first': 12,  # epochs
         'rounds': 6,
@@ -38,6 +39,7 @@ SCALES = {
     'small': {
         'hyp': [*NARROW, 'opt.batch_size=100'],
         'images': 5000,
+        'tests': 5000,
         'target': 0.6,
         'first': 4,
         'rounds': 3,
@@ -46,6 +48,7 @@ SCALES = {
     'smoke': {
         'hyp': [*NARROW, 'opt.batch_size=50'],
         'images': 200,
+        'tests': None,
         'target': 0.2,
         'first': 2,
         'rounds': 2,
@@ -122,7 +125,8 @@ def train(cell, seed, place):
         net = airbench94.make_net(hyp, len(loader.classes), **options)
         net[0].weight.requires_grad = 'whitening' not in has  # it learns
         place.train(airbench94, loader, hyp, seed, net=net)
-    return {'tta_val_acc': airbench94.evaluate(net, place.test_loader, hyp['net']['tta_level'])}
+    tests = first_images(place.test_loader, settings['tests'])
+    return {'tta_val_acc': airbench94.evaluate(net, tests, hyp['net']['tta_level'])}
 
 
 #### The search ####################################################################################
