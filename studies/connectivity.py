@@ -40,12 +40,12 @@ from studies.common import (
 )
 from studies.modes import (
     KINDS,
-    MOMENTUM,
     WEIGHT_DECAY,
     barrier,
     linear_decay,
     loaders_of,
     make_network,
+    make_sgd,
     measure,
     measure_curve,
     new_curve,
@@ -146,12 +146,11 @@ def train_mode(mode, seed, place):
     loader.seed = 100 * seed + list(MODES).index(mode)  # each begins elsewhere
     variance = own.get('variance', 2.0)
     net = make_network(settings['net'], loader, settings['share'], loader.seed, variance)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    options = {'weight_decay': own.get('weight_decay', WEIGHT_DECAY)}
+    weight_decay = own.get('weight_decay', WEIGHT_DECAY)
+    optimizer = make_sgd(net, settings['lr'], weight_decay)
     if own.get('adam'):
-        optimizer = torch.optim.Adam(trained, settings['lr_adam'], **options)
-    else:
-        optimizer = torch.optim.SGD(trained, settings['lr'], momentum=MOMENTUM, **options)
+        trained = optimizer.param_groups[0]['params']
+        optimizer = torch.optim.Adam(trained, settings['lr_adam'], weight_decay=weight_decay)
     share = step_decay(len(loader), settings['epochs'])
     if own.get('linear_decay'):
         share = linear_decay(settings['epochs'] * len(loader))
@@ -192,9 +191,8 @@ def make_curve(pair, kind, seed, place):
             measured.append(measure_curve(curve, net, (loader, tests), settings['points']))
 
     look(0)
-    options = {'lr': settings['lr'], 'momentum': MOMENTUM, 'weight_decay': WEIGHT_DECAY}
-    options['epochs'] = max(settings['curve_epochs'])
-    train_curve(curve, net, loader, options, seed, look)
+    epochs = max(settings['curve_epochs'])
+    train_curve(curve, net, loader, settings['lr'], epochs, seed, look)
     bend = {name: p.detach() for name, p in curve.bend.items()}
     save_weights(place, f'{pair}-{kind}', seed, bend)
     return {'epochs': settings['curve_epochs'], 'curves': measured}

@@ -23,19 +23,10 @@ import numpy as np
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from torch.optim.lr_scheduler import LambdaLR
 
 import airbench94
 from studies.common import Study, UserError, mean_and_interval, run_study
-from studies.modes import (
-    MOMENTUM,
-    WEIGHT_DECAY,
-    cross_entropy,
-    loaders_of,
-    make_network,
-    step_decay,
-    train,
-)
+from studies.modes import cross_entropy, loaders_of, make_network, train_by_steps
 from studies.networks import make_student
 from studies.svcca import compared_images, draw_matrices, outputs_of, similarities
 
@@ -87,15 +78,6 @@ def plan(settings, records):
     return [({'part': 'students'}, seed) for seed in range(settings['runs'])]
 
 
-def fit(net, loader, lr, epochs, loss=cross_entropy):
-    trained = [p for p in net.parameters() if p.requires_grad]
-    options = {'momentum': MOMENTUM, 'weight_decay': WEIGHT_DECAY}
-    optimizer = torch.optim.SGD(trained, lr, **options)
-    scheduler = LambdaLR(optimizer, step_decay(len(loader), epochs))
-    train(net, loader, optimizer, scheduler, epochs, loss=loss)
-    return net
-
-
 def distillation(teacher, temperature):
     """A loss(net, inputs, labels): T^2 KL(teacher || net), both softened by T, a mean of images."""
 
@@ -115,7 +97,7 @@ def train_cell(cell, seed, place):
     loader, tests = loaders_of(place, settings['batch_size'])
     loader.seed = seed
     teacher = make_network(settings['net'], loader, settings['share'], seed)
-    fit(teacher, loader, settings['lr'], settings['teacher_epochs'])
+    train_by_steps(teacher, loader, settings['lr'], settings['teacher_epochs'])
     teacher.eval()
     losses = {'labels': cross_entropy, 'teacher': distillation(teacher, settings['temperature'])}
     images = compared_images(place)
@@ -131,7 +113,7 @@ def train_cell(cell, seed, place):
         )
         loader, _ = loaders_of(place, settings['batch_size'])  # the same images in the same order
         loader.seed = seed
-        fit(student, loader, settings['student_lr'], settings['epochs'], loss)
+        train_by_steps(student, loader, settings['student_lr'], settings['epochs'], loss)
         alike = similarities(outputs_of(student, images), of_teacher)
         found[name] = {'val_acc': airbench94.evaluate(student, tests), 'similarities': alike}
     return found

@@ -56,6 +56,12 @@ def cross_entropy(net, inputs, labels):
     return F.cross_entropy(net(inputs).float(), labels)
 
 
+def make_sgd(net, lr, weight_decay=WEIGHT_DECAY):
+    """SGD with momentum, of those parameters that learn."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    return torch.optim.SGD(trained, lr, momentum=MOMENTUM, weight_decay=weight_decay)
+
+
 def train(net, loader, optimizer, scheduler, epochs, *, loss=cross_entropy, on_epoch=None):
     """Train for some epochs; the scheduler goes on with every step.
 
@@ -93,6 +99,13 @@ def step_decay(steps_per_epoch, epochs, factor=0.2, places=(0.3, 0.6, 0.8)):
         return factor ** sum(step >= drop for drop in drops)
 
     return share
+
+
+def train_by_steps(net, loader, lr, epochs, loss=cross_entropy):
+    """Train by SGD and step decay."""
+    optimizer = make_sgd(net, lr)
+    scheduler = LambdaLR(optimizer, step_decay(len(loader), epochs))
+    train(net, loader, optimizer, scheduler, epochs, loss=loss)
 
 
 def loaders_of(place, batch_size, augmented=True):
@@ -172,17 +185,15 @@ def new_curve(first, last, net, kind='chain'):
     return Curve(first, last, bend, kind)
 
 
-def train_curve(curve, net, loader, hyp, seed, on_epoch=None):
+def train_curve(curve, net, loader, lr, epochs, seed, on_epoch=None):
     """Lower the curve's expected loss, over t ~ U(0, 1), by SGD on its bend.
 
-    net: of the kind of its networks. hyp: 'lr', 'epochs', 'momentum' and 'weight_decay'. The rate
-    is constant for half of the epochs, and falls to a hundredth in the next 0.4, as in Garipov et
-    al. 2018 (arXiv:1802.10026).
+    net: of the kind of its networks. The rate is constant for half of the epochs, and falls to a
+    hundredth in the next 0.4, as in Garipov et al. 2018 (arXiv:1802.10026).
     """
     rng = np.random.default_rng(seed)
     bend = [p for p in curve.bend.values() if p.requires_grad]
-    options = {key: hyp[key] for key in ('lr', 'momentum', 'weight_decay')}
-    steps = hyp['epochs'] * len(loader)
+    steps = epochs * len(loader)
 
     def loss(net, inputs, labels):
         outputs = functional_call(net, curve.weights(rng.random()), (inputs,))
@@ -191,9 +202,9 @@ def train_curve(curve, net, loader, hyp, seed, on_epoch=None):
     def share(step):
         return float(np.interp(step / steps, [0.5, 0.9], [1, 0.01]))
 
-    optimizer = torch.optim.SGD(bend, **options)
+    optimizer = torch.optim.SGD(bend, lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     scheduler = LambdaLR(optimizer, share)
-    train(net, loader, optimizer, scheduler, hyp['epochs'], loss=loss, on_epoch=on_epoch)
+    train(net, loader, optimizer, scheduler, epochs, loss=loss, on_epoch=on_epoch)
 
 
 @torch.no_grad()

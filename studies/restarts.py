@@ -36,11 +36,10 @@ from studies.common import (
     save_both,
 )
 from studies.modes import (
-    MOMENTUM,
-    WEIGHT_DECAY,
     barrier,
     loaders_of,
     make_network,
+    make_sgd,
     measure,
     measure_curve,
     new_curve,
@@ -176,9 +175,7 @@ def make_training(schedule, seed, place):
             save_weights(place, f'{schedule}-{epoch}', seed, parameters_of(net))
 
     look(0)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    options = {'momentum': MOMENTUM, 'weight_decay': WEIGHT_DECAY}
-    optimizer = torch.optim.SGD(trained, settings['lr'], **options)
+    optimizer = make_sgd(net, settings['lr'])
     scheduler = make_scheduler(schedule, optimizer, settings, len(loader))
     train(net, loader, optimizer, scheduler, max(kept), on_epoch=look)
     return {'val_acc': accuracies}
@@ -193,8 +190,7 @@ def make_curve(cell, seed, place):
     names = [f'{cell["schedule"]}-{cell[end]}' for end in ('first', 'last')]
     curve = new_curve(*[read_weights(place, name, seed) for name in names], net)
     segment = measure_curve(curve, net, (loader, tests), settings['points'])
-    options = {'momentum': MOMENTUM, 'weight_decay': WEIGHT_DECAY, 'lr': settings['lr']}
-    train_curve(curve, net, loader, options | {'epochs': settings['curve_epochs']}, seed)
+    train_curve(curve, net, loader, settings['lr'], settings['curve_epochs'], seed)
     bend = {name: p.detach() for name, p in curve.bend.items()}
     save_weights(place, '-'.join(names), seed, bend)
     return {

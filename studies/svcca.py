@@ -25,19 +25,9 @@ import sys
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from studies.common import Study, load_network, mean_and_interval, new_figure, run_study, save_both
-from studies.modes import (
-    MOMENTUM,
-    WEIGHT_DECAY,
-    load_parameters,
-    loaders_of,
-    make_network,
-    parameters_of,
-    step_decay,
-    train,
-)
+from studies.modes import load_parameters, loaders_of, make_network, parameters_of, train_by_steps
 
 SCALES = {
     'paper': {
@@ -183,11 +173,7 @@ def train_network(seed, place):
     loader.seed = seed
     net = make_network(settings['net'], loader, settings['share'], seed)
     before = parameters_of(net)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    options = {'momentum': MOMENTUM, 'weight_decay': WEIGHT_DECAY}
-    optimizer = torch.optim.SGD(trained, settings['lr'], **options)
-    share = step_decay(len(loader), settings['epochs'])
-    train(net, loader, optimizer, LambdaLR(optimizer, share), settings['epochs'])
+    train_by_steps(net, loader, settings['lr'], settings['epochs'])
     return net, before
 
 

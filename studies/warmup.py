@@ -36,7 +36,7 @@ from studies.common import (
     save_both,
     whole_seeds,
 )
-from studies.modes import MOMENTUM, WEIGHT_DECAY, loaders_of, make_network, train
+from studies.modes import loaders_of, make_network, make_sgd, train
 from studies.svcca import compared_images, draw_matrices, layers_of, outputs_of, similarities
 
 SCALES = {
@@ -138,7 +138,7 @@ def train_cell(cell, seed, place):
                 p.requires_grad = True
 
     look(0)
-    optimizer = torch.optim.SGD(net.parameters(), lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    optimizer = make_sgd(net, lr)
     for p in head_of(net):
         p.requires_grad = name != 'lb-frozen'
     share = rate_share(settings, len(loader), name == 'lb-warmup')

@@ -144,8 +144,7 @@ def test_training_a_curve_lowers_its_barrier_and_leaves_its_ends(kind):
     curve = modes.new_curve(*ends, net, kind)
     tests = digits(train=False)
     before = modes.measure_curve(curve, net, (loader, tests), 9)
-    hyp = {'lr': 0.02, 'momentum': 0.9, 'weight_decay': 0.0, 'epochs': 40}
-    modes.train_curve(curve, net, loader, hyp, seed=0)
+    modes.train_curve(curve, net, loader, lr=0.02, epochs=40, seed=0)
     after = modes.measure_curve(curve, net, (loader, tests), 9)
     barriers = [modes.barrier(modes.values_of(points, 'train_loss')) for points in (before, after)]
     assert barriers[0] > 1 and barriers[1] < 0.3 * barriers[0]
