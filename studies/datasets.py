@@ -23,13 +23,16 @@ from PIL import Image
 import airbench94
 import airbench96
 from studies.common import (
+    COLOURS,
     Parser,
     Study,
     UserError,
     exit_code,
     in_cell,
     mean_and_interval,
+    new_figure,
     run_study,
+    save_both,
 )
 
 NARROW = ['net.widths.block1=16', 'net.widths.block2=32', 'net.widths.block3=64']
@@ -139,11 +142,12 @@ def train(cell, seed, place):
     return place.accuracies(net, hyp['net']['tta_level'])
 
 
-#### Table #########################################################################################
+#### Table and picture #############################################################################
+
+KINDS = {'val_acc': 'without TTA', 'tta_val_acc': 'with TTA'}
 
 
-def show(config, records, folder):
-    name = Path(config['data']['path']).name
+def print_table(name, records):
     print(f'{name}: accuracy in %, with the 95% interval of its mean')
     print('                                                    of the paper:')
     print('cutout    n       without TTA          with TTA   ResNet-18 airbench96')
@@ -152,12 +156,34 @@ def show(config, records, folder):
         if not cell:
             continue
         row = f'{cutout:6} {len(cell):4}'
-        for key in ('val_acc', 'tta_val_acc'):
+        for key in KINDS:
             mean, half = mean_and_interval([100 * record[key] for record in cell])
             row += f'{mean:11.2f} +-{half:4.2f}'
         for published in PUBLISHED.get((name, cutout), ()):
             row += f'{published or "-":>11}'
         print(row)
+
+
+def draw(name, records, stem):
+    """Every network's accuracies."""
+    figure = new_figure(7, 2.4)
+    axes = figure.subplots()
+    rows = []
+    for cutout, colour in zip((0, 12), COLOURS):
+        for key, kind in KINDS.items():
+            values = [100 * record[key] for record in in_cell(records, cutout=cutout)]
+            axes.plot(values, [len(rows)] * len(values), 'o', color=colour, alpha=0.6)
+            rows.append(f'cutout {cutout}, {kind}')
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set(xlabel='test accuracy (%)', title=f'airbench96 on {name}, a dot a network')
+    save_both(figure, stem)
+
+
+def show(config, records, folder):
+    name = Path(config['data']['path']).name
+    print_table(name, records)
+    draw(name, records, folder / 'datasets')
 
 
 STUDY = Study('datasets', __doc__, {'airbench96': SCALES}, plan, train, show)
