@@ -275,6 +275,10 @@ def train_cells(study, args, settings, folder):
         airbench94.download_cifar10(data)
     options = {'device': device, 'dtype': dtype}
     loaders = [airbench94.CifarLoader(data, train, 1000, **options) for train in (True, False)]
+    if settings.get('files'):
+        _, saved = load_network(settings['files'][0], loaders[0])
+        for loader in loaders:
+            loader.set_statistics(saved['mean'], saved['std'])
     airbench94.open_log(
         folder,
         {

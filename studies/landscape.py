@@ -17,7 +17,6 @@ two A100-hours at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small
 networks on a tenth of the images.
 """
 
-import copy
 import sys
 from operator import itemgetter
 
@@ -78,14 +77,12 @@ class Networks:
 
     def __init__(self, seed, place):
         self.hyp = hyp_of(place.settings, 'swap', len(place.train_loader.classes))
-        self.loaders = loader_of(place, self.hyp), copy.copy(place.test_loader)
+        self.loaders = loader_of(place, self.hyp), place.test_loader
         files = place.settings['files']
         if files:
-            loaded = [load_network(file, self.loaders[0]) for file in files]
-            self.net, saved = loaded[0]
-            for loader in self.loaders:
-                loader.set_statistics(saved['mean'], saved['std'])
-            weights = {name: net.state_dict() for name, (net, _) in zip(GIVEN, loaded)}
+            nets = [load_network(file, self.loaders[0])[0] for file in files]
+            self.net = nets[0]
+            weights = {name: net.state_dict() for name, net in zip(GIVEN, nets)}
         else:
             self.net = make_run(place, self.hyp, seed).net
             weights = self.read_or_train(seed, place)

@@ -213,13 +213,21 @@ def test_a_point_has_its_own_statistics(tmp_path):
 def save(path, seed):
     hyp = swap94.override(swap94.hyp, swap.NARROW)
     loader = airbench94.CifarLoader('digits', True, 100, **CPU)
+    loader.set_statistics(3 * [0.25], 3 * [0.5])
     net = swap94.make_net(hyp, 10, seed=seed, **CPU)
     swap94.save_network(path, net, hyp, loader)
     return str(path)
 
 
-def test_three_saved_networks_have_a_plane(tmp_path, capsys):
+def test_three_saved_networks_have_a_plane(tmp_path, monkeypatch):
     files = [save(tmp_path / f'{seed}.pt', seed) for seed in range(3)]
+    seen = []
+
+    def measure(self, vector):
+        seen.extend(loader.mean for loader in self.loaders)
+        return {'train_acc': 0.5, 'val_acc': 0.05 * len(seen) % 1}
+
+    monkeypatch.setattr(landscape.Networks, 'measure', measure)
     call = [*files, '--scale', 'smoke', '--data', 'digits', '--out', str(tmp_path / 'out')]
     assert common.run_study(landscape.STUDY, [*call, '--device', 'cpu']) == 0
     assert (tmp_path / 'out' / 'plane-given.png').stat().st_size > 10_000
@@ -227,6 +235,7 @@ def test_three_saved_networks_have_a_plane(tmp_path, capsys):
     marks = common.in_cell(records, part='networks')[0]['networks']
     assert marks['A']['given'] == [0, 0] and marks['B']['given'][1] == pytest.approx(0, abs=1e-6)
     assert len(common.in_cell(records, part='given')) == 4
+    assert all(mean == [0.25, 0.25, 0.25] for mean in seen)  # the images are normalized as saved
 
 
 def test_mistakes_with_networks_are_told_in_one_line(tmp_path, capsys):
