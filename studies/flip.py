@@ -181,7 +181,7 @@ def speedups(epochs, random, alternating):
     return np.array([speedup(epochs, means, at, error) for at, error in pairs])
 
 
-def speedup_intervals(epochs, random, alternating, resamples=200):
+def speedup_intervals(epochs, random, alternating, resamples=100):
     """The 95% interval of each speedup, by bootstrap over the seeds: (2, epochs)."""
     rng = np.random.default_rng(0)
     found = []

@@ -423,6 +423,21 @@ def test_two_processes_make_a_study_which_was_killed(name, tmp_path, capsys):
     assert common.read_study(out)[1] == records
 
 
+@pytest.mark.parametrize(
+    'name', sorted(path.name for path in (ROOT / 'logs' / 'studies').iterdir())
+)
+def test_kept_studies_have_the_tables_that_are_beside_them(name, tmp_path, capsys):
+    kept, out = ROOT / 'logs' / 'studies' / name, tmp_path / name
+    shutil.copytree(kept, out)
+    config = common.read_json(kept / 'study.json')
+    assert common.run_study(study_of(config['study']), ['--show', '--out', str(out)]) == 0
+    table = capsys.readouterr().out.partition('\nplot in')[0]
+    lines = [line.rstrip() for line in table.splitlines()]
+    assert lines == (kept / 'table.txt').read_text().splitlines()
+    for picture in kept.glob('*.png'):
+        assert (out / picture.name).stat().st_size > 10_000
+
+
 def test_a_study_is_a_command(tmp_path):
     command = [sys.executable, '-m', 'studies.flip', '--show', '--out', str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
