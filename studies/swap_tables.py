@@ -1,6 +1,6 @@
 """Small batches, large batches and SWAP (Gupta et al. 2020, Tables 1 and 2, by 5 and 6).
 
-    python -m studies.swap_tables                           # in half an hour, on two CPU cores
+    python -m studies.swap_tables                           # in ten minutes, on two CPU cores
     torchrun --nproc_per_node=8 -m studies.swap_tables --net resnet9 --scale paper --data cifar10
     python -m studies.swap_tables --show --out logs/mine    # the table and the picture again
 
@@ -105,8 +105,10 @@ def costs_of(records):
 
 def print_table(accuracies, costs, published):
     n = len(accuracies[ROWS[0]])
-    print(f'accuracy in %, n={n}, with its standard deviation               of the paper, 8 V100s:')
-    print(f'{"":24}accuracy          seconds     PFLOP all-reduces accuracy         seconds')
+    about = f'accuracy in %, n={n}, with its standard deviation'
+    print(f'{about:72} of the paper, on 8 V100s:')
+    columns = f'{"accuracy":>14} {"seconds":>12} {"PFLOP":>9} {"all-reduces":>11}'
+    print(f'{"":22} {columns} {"accuracy":>17} {"seconds":>8}')
     for i, row in enumerate(ROWS):
         values = accuracies[row]
         line = f'{row:22} {values.mean():6.2f} +-{values.std(ddof=1):5.2f}'
@@ -115,7 +117,7 @@ def print_table(accuracies, costs, published):
             line += f' {seconds:12.1f} {pflop:9.2g} {all_reduces:11.0f}'
         if published:
             accuracy, deviation, seconds = published[i]
-            line = f'{line:64} {accuracy:6.2f} +-{deviation:5.2f} {seconds:7}'
+            line = f'{line:72} {accuracy:9.2f} +-{deviation:5.2f} {seconds:8}'
         print(line)
     ours = accuracies[ROWS[3]]
     print('\nSWAP after averaging over the others, with 95% interval, and p of "it is not better":')
