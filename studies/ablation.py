@@ -1,6 +1,6 @@
 """How many epochs each feature of airbench94 saves (Jordan 2024, Figure 4 and section 5.1).
 
-    python -m studies.ablation                              # in an hour, on two CPU cores
+    python -m studies.ablation                              # in half an hour, on two CPU cores
     torchrun --nproc_per_node=8 -m studies.ablation --scale paper --out logs/ablation --data cifar10
     python -m studies.ablation --show --out logs/ablation   # the table and the picture again
 

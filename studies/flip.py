@@ -1,6 +1,6 @@
 """Alternating flip against random flip and none (Jordan 2024, Tables 1, 2 and 6, Figures 1 and 5).
 
-    python -m studies.flip                                  # in an hour, on two CPU cores
+    python -m studies.flip                                  # in 40 minutes, on two CPU cores
     torchrun --nproc_per_node=8 -m studies.flip --scale paper --out logs/flip --data cifar10
     python -m studies.flip --show --out logs/flip           # the table and the pictures again
 

@@ -1,6 +1,6 @@
 """How accuracies vary between runs, and whether networks are calibrated (Jordan 2024, Table 4).
 
-    python -m studies.variance                              # in half an hour, on two CPU cores
+    python -m studies.variance                              # in 20 minutes, on two CPU cores
     torchrun --nproc_per_node=8 -m studies.variance --scale paper --out logs/variance
     python -m studies.variance --show --out logs/variance   # the table and the pictures again
 
