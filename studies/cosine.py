@@ -1,6 +1,6 @@
 """The angle between a worker's descent and the way to SWAP's average (Gupta et al. 2020, Figure 4).
 
-    python -m studies.cosine                                # small, for two CPU cores
+    python -m studies.cosine                                # in ten minutes, on two CPU cores
     torchrun --nproc_per_node=8 -m studies.cosine --scale paper --net resnet9 --data cifar10
     python -m studies.cosine --show --out logs/mine         # the table and the picture again
 
