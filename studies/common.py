@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -177,11 +178,24 @@ def in_cell(records, **settings):
     return [r for r in records if settings.items() <= r['cell'].items()]
 
 
+def by_seed(records, **settings):
+    """The same, in the order of their seeds, so that pairs compare."""
+    return sorted(in_cell(records, **settings), key=itemgetter('seed'))
+
+
 def whole_seeds(records, jobs):
     """The records of those seeds with which all of their jobs are done, so that pairs compare."""
     wanted = Counter(seed for _, seed in jobs)
     made = Counter(record['seed'] for record in records)
     return [record for record in records if made[record['seed']] == wanted[record['seed']]]
+
+
+def two_whole_seeds(records, jobs, folder):
+    """whole_seeds. Raises UserError if they are fewer than two."""
+    whole = whole_seeds(records, jobs)
+    if len({record['seed'] for record in whole}) < 2:
+        raise UserError(f'{folder}: needs two seeds with all their networks; train on, then --show')
+    return whole
 
 
 def make_cells(jobs, study, place, folder):

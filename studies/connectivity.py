@@ -56,6 +56,7 @@ from studies.modes import (
     train,
     train_curve,
     values_of,
+    vector_of,
 )
 
 OF_NETS = ['vgg16-bn', 'vgg16', 'airbench']
@@ -193,8 +194,7 @@ def make_curve(pair, kind, seed, place):
     look(0)
     epochs = max(settings['curve_epochs'])
     train_curve(curve, net, loader, settings['lr'], epochs, seed, look)
-    bend = {name: p.detach() for name, p in curve.bend.items()}
-    save_weights(place, f'{pair}-{kind}', seed, bend)
+    save_weights(place, f'{pair}-{kind}', seed, curve.bend)
     return {'epochs': settings['curve_epochs'], 'curves': measured}
 
 
@@ -202,11 +202,8 @@ def measure_distances(seed, place):
     """The Euclidean distances between modes and bends."""
     names = modes_of(place.settings)
     names += [f'{pair}-{kind}' for pair in pairs_of(place.settings) for kind in KINDS]
-    vectors = []
-    for name in names:
-        weights = read_weights(place, name, seed)
-        vectors.append(torch.cat([p.flatten() for p in weights.values()]))
-    return {'names': names, 'distances': torch.cdist(*2 * [torch.stack(vectors)]).tolist()}
+    vectors = torch.stack([vector_of(read_weights(place, name, seed)) for name in names])
+    return {'names': names, 'distances': torch.cdist(vectors, vectors).tolist()}
 
 
 def train_part(cell, seed, place):

@@ -22,16 +22,8 @@ import torch
 import torch.nn.functional as F
 
 import swap94
-from studies.common import (
-    COLOURS,
-    Study,
-    UserError,
-    mean_and_interval,
-    new_figure,
-    run_study,
-    save_both,
-)
-from studies.swap import hyp_of, make_run, network, scales
+from studies.common import COLOURS, Study, mean_and_interval, new_figure, run_study, save_both
+from studies.swap import hyp_of, network, scales, train_swap
 
 SCALES = scales({'paper': {'runs': 3}, 'small': {'runs': 5}, 'smoke': {'runs': 2}})
 
@@ -66,12 +58,7 @@ def train(cell, seed, place):
     hyp = hyp_of(place.settings, 'swap', len(place.train_loader.classes))
     alone = swap94.Team()
     with network(place.settings['net']):
-        run = make_run(place, hyp, seed)
-        joint = run.phase1()
-        workers, about = run.phase2(joint)
-        if not workers:
-            raise UserError(f'the networks of seed {seed} diverge')
-        swap94.average([model['weights'] for model in workers], run.net, alone)
+        run, joint, workers = train_swap(place, hyp, seed)
         accuracy = run.measure('phase2', joint['losses'], 0, alone)
         target = {name: p.detach().clone() for name, p in run.net.named_parameters()}
         of_workers = []
@@ -85,7 +72,7 @@ def train(cell, seed, place):
         'cosines': of_workers,
         'epochs': hyp['phase2']['train_epochs'],
         'val_acc': accuracy,
-        'workers': [worker['epochs'][-1]['val_acc'] for worker in about],
+        'workers': [model['epochs'][-1]['val_acc'] for model in workers],
     }
 
 

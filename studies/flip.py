@@ -17,7 +17,6 @@ being the only augmentation, so that it fits them within the epochs, as airbench
 """
 
 import sys
-from operator import itemgetter
 
 import numpy as np
 import scipy.optimize
@@ -31,6 +30,7 @@ from studies.common import (
     COLOURS,
     Study,
     UserError,
+    by_seed,
     first_images,
     in_cell,
     mean_and_interval,
@@ -196,8 +196,7 @@ def speedup_intervals(epochs, random, alternating, resamples=100):
 
 def errors_of(records, key, **settings):
     """The errors in percent of a cell's networks, by seed."""
-    found = sorted(in_cell(records, **settings), key=itemgetter('seed'))
-    return np.array([100 * (1 - record[key]) for record in found])
+    return np.array([100 * (1 - record[key]) for record in by_seed(records, **settings)])
 
 
 def settings_of(records, name):

@@ -37,8 +37,9 @@ from studies.common import (
     run_study,
     save_both,
 )
+from studies.modes import barrier, values_of
 from studies.plane import Plane, draw_plane
-from studies.swap import hyp_of, loader_of, make_run, network, scales
+from studies.swap import hyp_of, loader_of, make_run, network, scales, train_swap
 
 SCALES = scales(
     {
@@ -57,14 +58,9 @@ GIVEN = ('A', 'B', 'C')
 
 def train_networks(hyp, seed, place):
     """{name: state dict} of LB, three workers, SWAP, and a worker from other initial weights."""
-    run = make_run(place, hyp, seed)
-    joint = run.phase1()
-    workers, _ = run.phase2(joint)
-    other_run = make_run(place, swap94.override(hyp, ['phase2.workers=1']), 10_000 + seed)
-    others, _ = other_run.phase2(other_run.phase1())
-    if len(workers) < 3 or not others:
-        raise UserError(f'networks of seed {seed} diverge')
-    swap94.average([model['weights'] for model in workers], run.net, swap94.Team())
+    run, joint, workers = train_swap(place, hyp, seed)
+    other = swap94.override(hyp, ['phase2.workers=1'])
+    _, _, others = train_swap(place, other, 10_000 + seed)
     found = {'LB': joint['weights'], 'SWAP': run.net.state_dict(), 'OTHER': others[0]['weights']}
     return found | {f'SGD{i}': model['weights'] for i, model in enumerate(workers[:3], 1)}
 
@@ -174,16 +170,6 @@ def segments_of(records, part):
     return segments
 
 
-def errors_of(points, key):
-    """In percent; key: 'train_acc' or 'val_acc'."""
-    return [100 * (1 - point[key]) for point in points]
-
-
-def barrier(errors):
-    """The largest error of a segment less the larger one of its ends."""
-    return max(errors) - max(errors[0], errors[-1])
-
-
 def print_networks(records):
     """Their accuracies, and whether SWAP is the best one."""
     of_seeds = [record['networks'] for record in in_cell(records, part='networks')]
@@ -208,7 +194,7 @@ def print_barriers(records):
         barriers = []
         for part in SEGMENTS:
             segments = segments_of(records, part).values()
-            barriers.append([barrier(errors_of(points, key)) for points in segments])
+            barriers.append([barrier(values_of(points, key)) for points in segments])
             mean, half = mean_and_interval(barriers[-1])
             print(f'barrier of {part} on {what}: {mean:6.2f} +-{half:5.2f} percentage points')
         p = scipy.stats.ttest_rel(*barriers, alternative='less').pvalue
@@ -222,7 +208,7 @@ def draw_segments(records, stem):
             for seed, points in segments_of(records, part).items():
                 label = part if seed == 0 else None
                 places = [point['t'] for point in points]
-                axes.plot(places, errors_of(points, key), color=colour, label=label)
+                axes.plot(places, values_of(points, key), color=colour, label=label)
         axes.set(xlabel='place on the segment', ylabel='error (%)', ylim=(0, None), title=what)
     figure.axes[0].legend(frameon=False)
     save_both(figure, stem)

@@ -44,6 +44,11 @@ def make_network(name, loader, share, seed, variance=2.0):
     return make_vgg(int(depth), classes, batchnorm=norm == 'bn', **options)
 
 
+def vector_of(weights):
+    """{name: parameter} as one vector."""
+    return torch.cat([p.flatten() for p in weights.values()])
+
+
 def parameters_of(net):
     """{name: a copy of the parameter}."""
     return {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -91,14 +96,18 @@ def linear_decay(steps):
     return share
 
 
-def step_decay(steps_per_epoch, epochs, factor=0.2, places=(0.3, 0.6, 0.8)):
-    """The share of the first rate at a step: times `factor` at these places of the training."""
-    drops = [place * epochs * steps_per_epoch for place in places]
+def dropping(drops, factor=0.2):
+    """The share of the first rate at a step: times `factor` from each of these steps on."""
 
     def share(step):
         return factor ** sum(step >= drop for drop in drops)
 
     return share
+
+
+def step_decay(steps_per_epoch, epochs):
+    """The share of the first rate at a step, with drops as far on as the paper's (7.1)."""
+    return dropping([place * epochs * steps_per_epoch for place in (0.3, 0.6, 0.8)])
 
 
 def train_by_steps(net, loader, lr, epochs, loss=cross_entropy):
@@ -125,7 +134,8 @@ def weights_file(place, name, seed):
 
 
 def save_weights(place, name, seed, weights):
-    airbench94.write_tensors(weights_file(place, name, seed), weights)
+    detached = {key: p.detach() for key, p in weights.items()}
+    airbench94.write_tensors(weights_file(place, name, seed), detached)
 
 
 def read_weights(place, name, seed):

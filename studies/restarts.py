@@ -17,11 +17,9 @@ fifth of its epochs, of narrow networks on a twentieth of the images.
 """
 
 import sys
-from operator import itemgetter
 
 import numpy as np
 import scipy.stats
-import torch
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR
 
 import airbench94
@@ -29,6 +27,7 @@ from studies.common import (
     COLOURS,
     Study,
     UserError,
+    by_seed,
     in_cell,
     mean_and_interval,
     new_figure,
@@ -37,6 +36,7 @@ from studies.common import (
 )
 from studies.modes import (
     barrier,
+    dropping,
     loaders_of,
     make_network,
     make_sgd,
@@ -49,6 +49,7 @@ from studies.modes import (
     train,
     train_curve,
     values_of,
+    vector_of,
 )
 from studies.plane import Plane, draw_plane
 from studies.svcca import compared_images, draw_matrices, outputs_of, similarities
@@ -154,10 +155,7 @@ def make_scheduler(schedule, optimizer, settings, steps):
         period = settings['first_period'] * steps
         return CosineAnnealingWarmRestarts(optimizer, period, T_mult=2, eta_min=1e-6)
 
-    def share(step):
-        return 0.2 ** sum(step >= drop * steps for drop in settings['drops'])
-
-    return LambdaLR(optimizer, share)
+    return LambdaLR(optimizer, dropping([drop * steps for drop in settings['drops']]))
 
 
 def make_training(schedule, seed, place):
@@ -191,8 +189,7 @@ def make_curve(cell, seed, place):
     curve = new_curve(*[read_weights(place, name, seed) for name in names], net)
     segment = measure_curve(curve, net, (loader, tests), settings['points'])
     train_curve(curve, net, loader, settings['lr'], settings['curve_epochs'], seed)
-    bend = {name: p.detach() for name, p in curve.bend.items()}
-    save_weights(place, '-'.join(names), seed, bend)
+    save_weights(place, '-'.join(names), seed, curve.bend)
     return {
         'segment': segment,
         'curve': measure_curve(curve, net, (loader, tests), settings['points']),
@@ -234,10 +231,6 @@ def make_point(cell, seed, place):
     return found
 
 
-def vector_of(weights):
-    return torch.cat([p.flatten() for p in weights.values()])
-
-
 def named_like(vector, net):
     """A vector as {name: parameter} of a network."""
     sizes = [p.numel() for p in net.parameters()]
@@ -261,7 +254,7 @@ def train_part(cell, seed, place):
 def barriers_of(records, schedule, way):
     """Of training loss: {(first, last): an array with the barrier of each seed}."""
     found = {}
-    for record in sorted(in_cell(records, part='curve', schedule=schedule), key=itemgetter('seed')):
+    for record in by_seed(records, part='curve', schedule=schedule):
         ends = record['cell']['first'], record['cell']['last']
         found.setdefault(ends, []).append(barrier(values_of(record[way], 'train_loss')))
     return {ends: np.array(values) for ends, values in found.items()}

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from studies.common import Study, load_network, mean_and_interval, new_figure, run_study, save_both
-from studies.modes import load_parameters, loaders_of, make_network, parameters_of, train_by_steps
+from studies.modes import loaders_of, make_network, train_by_steps
 
 SCALES = {
     'paper': {
@@ -166,15 +166,15 @@ def plan(settings, records):
     return [({'part': 'pair'}, seed) for seed in seeds]
 
 
-def train_network(seed, place):
-    """(a trained network, its parameters before)."""
+def train_network(seed, place, images):
+    """The layers' outputs to some images: (before training, after it)."""
     settings = place.settings
     loader, _ = loaders_of(place, settings['batch_size'])
     loader.seed = seed
     net = make_network(settings['net'], loader, settings['share'], seed)
-    before = parameters_of(net)
+    before = outputs_of(net, images)
     train_by_steps(net, loader, settings['lr'], settings['epochs'])
-    return net, before
+    return before, outputs_of(net, images)
 
 
 def compared_images(place):
@@ -193,11 +193,8 @@ def compare(cell, seed, place):
         first, second = [outputs_of(net, images) for net in nets]
         found = {'two networks': similarities(first, second)}
     else:
-        net, before = train_network(2 * seed, place)
-        other, _ = train_network(2 * seed + 1, place)
-        first, second = outputs_of(net, images), outputs_of(other, images)
-        load_parameters(net, before)
-        at_start = outputs_of(net, images)
+        at_start, first = train_network(2 * seed, place, images)
+        _, second = train_network(2 * seed + 1, place, images)
         found = {
             'two networks': similarities(first, second),
             'before and after': similarities(at_start, first),

@@ -31,12 +31,13 @@ from studies.common import (
     COLOURS,
     Study,
     UserError,
+    by_seed,
     in_cell,
     mean_and_interval,
     new_figure,
     run_study,
     save_both,
-    whole_seeds,
+    two_whole_seeds,
 )
 from studies.swap import hyp_of, make_run, network, scales
 
@@ -142,7 +143,7 @@ def train(cell, seed, place):
 
 def accuracies_of(records, way):
     """In percent, by seed: (means of the networks before averaging, of the averages)."""
-    of_way = sorted(in_cell(records, way=way), key=lambda record: record['seed'])
+    of_way = by_seed(records, way=way)
     before = np.array([100 * np.mean(record['networks']) for record in of_way])
     after = np.array([100 * record['val_acc'] for record in of_way])
     return before, after
@@ -210,9 +211,7 @@ def draw(config, records, num_classes, stem):
 
 
 def show(config, records, folder):
-    records = whole_seeds(records, plan(config['settings'], []))
-    if len(records) < 2 * len(WAYS):
-        raise UserError(f'{folder}: needs two seeds with all their networks; train on, then --show')
+    records = two_whole_seeds(records, plan(config['settings'], []), folder)
     print_table(records)
     draw(config, records, config['data']['classes'], folder / 'swa')
 

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import torch
 
 import swap94
-from studies.common import first_images
+from studies.common import UserError, first_images
 from studies.networks import make_resnet9
 
 #### Settings ######################################################################################
@@ -197,3 +197,17 @@ def make_run(place, hyp, seed):
         running_mean=swap94.running_mean,
         functions={},
     )
+
+
+def train_swap(place, hyp, seed):
+    """(the Run, whose network has the average's weights; phase 1's model; the workers' models).
+
+    Raises UserError if one of them diverges.
+    """
+    run = make_run(place, hyp, seed)
+    joint = run.phase1()
+    workers, _ = run.phase2(joint)
+    if len(workers) < hyp['phase2']['workers']:
+        raise UserError(f'the networks of seed {seed} diverge')
+    swap94.average([model['weights'] for model in workers], run.net, swap94.Team())
+    return run, joint, workers

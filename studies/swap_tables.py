@@ -29,12 +29,13 @@ from studies.common import (
     COLOURS,
     Study,
     UserError,
+    by_seed,
     in_cell,
     mean_and_interval,
     new_figure,
     run_study,
     save_both,
-    whole_seeds,
+    two_whole_seeds,
 )
 from studies.swap import hyp_of, loader_of, network, scales
 
@@ -60,8 +61,7 @@ def plan(settings, records):
 
 def train(cell, seed, place):
     """A network's accuracy, its workers' before averaging, in [0, 1], and what it cost."""
-    classes = len(place.train_loader.classes)
-    hyp = hyp_of(place.settings, cell['method'], classes)
+    hyp = hyp_of(place.settings, cell['method'], len(place.train_loader.classes))
     loader = loader_of(place, hyp)
     with network(place.settings['net']):
         options = {'method': cell['method']}
@@ -76,7 +76,6 @@ def train(cell, seed, place):
         'training_seconds': record['seconds'],
         'pflop': sum(phase['pflop'] for phase in phases),
         'all_reduces': sum(phase['all_reduces'] for phase in phases),
-        'classes': classes,
     }
 
 
@@ -87,7 +86,7 @@ def accuracies_of(records):
     """{row: accuracies in percent, by seed}, of ROWS; before averaging, means over the workers."""
     found = {}
     for method, row in zip(METHODS, [*ROWS[:2], ROWS[3]]):
-        of_method = sorted(in_cell(records, method=method), key=lambda record: record['seed'])
+        of_method = by_seed(records, method=method)
         found[row] = np.array([100 * record['val_acc'] for record in of_method])
     found[ROWS[2]] = np.array([100 * np.mean(record['workers']) for record in of_method])
     return found
@@ -142,11 +141,9 @@ def draw(accuracies, stem):
 
 
 def show(config, records, folder):
-    records = whole_seeds(records, plan(config['settings'], []))
-    if len(records) < 2 * len(METHODS):
-        raise UserError(f'{folder}: needs two seeds with all their networks; train on, then --show')
+    records = two_whole_seeds(records, plan(config['settings'], []), folder)
     accuracies = accuracies_of(records)
-    print_table(accuracies, costs_of(records), PUBLISHED.get(records[0]['classes']))
+    print_table(accuracies, costs_of(records), PUBLISHED.get(config['data']['classes']))
     draw(accuracies, folder / 'swap_tables')
 
 

@@ -17,7 +17,6 @@ on a twentieth of the images.
 """
 
 import sys
-from operator import itemgetter
 
 import numpy as np
 import scipy.stats
@@ -28,15 +27,14 @@ import airbench94
 from studies.common import (
     COLOURS,
     Study,
-    UserError,
-    in_cell,
+    by_seed,
     mean_and_interval,
     new_figure,
     run_study,
     save_both,
-    whole_seeds,
+    two_whole_seeds,
 )
-from studies.modes import loaders_of, make_network, make_sgd, train
+from studies.modes import dropping, loaders_of, make_network, make_sgd, train
 from studies.svcca import compared_images, draw_matrices, layers_of, outputs_of, similarities
 
 SCALES = {
@@ -103,11 +101,11 @@ def plan(settings, records):
 def rate_share(settings, steps, has_warmup):
     """The share of the peak rate at a step; steps: of an epoch."""
 
+    dropped = dropping([drop * steps for drop in settings['drops']], 0.1)
+
     def share(step):
-        epoch = step / steps
-        drops = sum(epoch >= drop for drop in settings['drops'])
         warm_up = min(1, (step + 1) / (settings['warm_up'] * steps)) if has_warmup else 1
-        return warm_up * 0.1**drops
+        return warm_up * dropped(step)
 
     return share
 
@@ -156,15 +154,10 @@ def train_cell(cell, seed, place):
 #### Table and pictures ############################################################################
 
 
-def of_training(records, name):
-    """The records of a training, by seed."""
-    return sorted(in_cell(records, training=name), key=itemgetter('seed'))
-
-
 def head_similarities(records, name):
     """Of each seed: the mean over the head's layers of their similarity to their start."""
     means = []
-    for record in of_training(records, name):
+    for record in by_seed(records, training=name):
         diagonal = np.diag(record['start and warm'])
         means.append(diagonal[np.array(record['is_head'])].mean())
     return np.array(means)
@@ -172,11 +165,11 @@ def head_similarities(records, name):
 
 def accuracies_at(records, name, epoch):
     """In percent, of each seed."""
-    return np.array([100 * record['val_acc'][epoch] for record in of_training(records, name)])
+    return np.array([100 * record['val_acc'][epoch] for record in by_seed(records, training=name)])
 
 
 def print_table(records, warm_up):
-    n = len(of_training(records, 'lb'))
+    n = len(by_seed(records, training='lb'))
     print(f'n={n}, with 95% intervals; accuracies in %')
     print(f'{"":20} after warmup       at the end         similarity of the head to its start')
     for name, title in TRAININGS.items():
@@ -203,9 +196,9 @@ def draw_trainings(records, warm_up, stem):
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     for (name, title), colour in zip(TRAININGS.items(), COLOURS):
-        accuracies = np.array([record['val_acc'] for record in of_training(records, name)])
+        accuracies = np.array([record['val_acc'] for record in by_seed(records, training=name)])
         left.plot(100 * accuracies.mean(0), color=colour, label=title)
-        alike = [np.diag(record['start and warm']) for record in of_training(records, name)]
+        alike = [np.diag(record['start and warm']) for record in by_seed(records, training=name)]
         layers = range(1, len(alike[0]) + 1)
         right.plot(layers, np.mean(alike, axis=0), 'o-', color=colour)
     left.axvline(warm_up, color='grey', linewidth=0.8)
@@ -217,16 +210,14 @@ def draw_trainings(records, warm_up, stem):
 
 def show(config, records, folder):
     settings = config['settings']
-    records = whole_seeds(records, plan(settings, []))
-    if len(records) < 2 * len(TRAININGS):
-        raise UserError(f'{folder}: needs two seeds with all their networks; train on, then --show')
+    records = two_whole_seeds(records, plan(settings, []), folder)
     print_table(records, settings['warm_up'])
     draw_trainings(records, settings['warm_up'], folder / 'warmup')
     matrices = {}
     for name, title in list(TRAININGS.items())[:3]:
-        of_seeds = [record['start and warm'] for record in of_training(records, name)]
+        of_seeds = [record['start and warm'] for record in by_seed(records, training=name)]
         matrices[f'{title}: start, warm'] = np.mean(of_seeds, axis=0)
-    of_seeds = [record['warm and end'] for record in of_training(records, 'lb-warmup')]
+    of_seeds = [record['warm and end'] for record in by_seed(records, training='lb-warmup')]
     matrices['with warmup: warm, end'] = np.mean(of_seeds, axis=0)
     draw_matrices(matrices, folder / 'svcca')
 
