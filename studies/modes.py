@@ -118,12 +118,18 @@ def train_by_steps(net, loader, lr, epochs, loss=cross_entropy):
 
 
 def loaders_of(place, batch_size, augmented=True):
-    """(training images of the scale, in such batches; test images). Digits are not mirrored."""
-    loader = first_images(place.train_loader, place.settings['images'])
+    """(training images of the scale, in such batches; as many test images).
+
+    Digits are not mirrored.
+    """
+    loader, tests = [
+        first_images(each, place.settings['images'])
+        for each in (place.train_loader, place.test_loader)
+    ]
     loader.batch_size = batch_size
     is_mirrored = augmented and loader.classes != list('0123456789')
     loader.aug = {'flip': is_mirrored, 'translate': 4 * augmented, 'cutout': 0}
-    return loader, place.test_loader
+    return loader, tests
 
 
 def weights_file(place, name, seed):

@@ -57,6 +57,7 @@ from studies.svcca import compared_images, draw_matrices, outputs_of, similariti
 SCALES = {
     'paper': {
         'images': None,  # of the training set: all
+        'augmented': True,
         'compared': 2000,  # test images, by SVCCA
         'share': 1.0,  # of the network's widths
         'batch_size': 100,
@@ -75,23 +76,28 @@ SCALES = {
         'runs': 3,
     },
     'small': {
-        'images': 2500,
+        'images': 500,
+        'augmented': False,
         'compared': 1000,
         'share': 0.125,
-        'batch_size': 50,
+        'batch_size': 25,
         'lr': 0.05,
-        'first_period': 2,
-        'drops': [12, 30],
-        'pairs': {'sgdr': [[6, 14], [14, 30], [6, 30]], 'steps': [[11, 13], [29, 33], [11, 33]]},
-        'alike': [[2, 30], [30, 31]],
-        'iterates_every': 2,
-        'curve_epochs': 10,
+        'first_period': 10,
+        'drops': [60, 150],
+        'pairs': {
+            'sgdr': [[30, 70], [70, 150], [30, 150]],
+            'steps': [[55, 65], [145, 165], [55, 165]],
+        },
+        'alike': [[10, 150], [150, 155]],
+        'iterates_every': 10,
+        'curve_epochs': 40,
         'points': 9,
         'grid': 9,
-        'runs': 3,
+        'runs': 6,
     },
     'smoke': {
         'images': 100,
+        'augmented': True,
         'compared': 40,
         'share': 0.0625,
         'batch_size': 50,
@@ -161,7 +167,7 @@ def make_scheduler(schedule, optimizer, settings, steps):
 def make_training(schedule, seed, place):
     """Train by a schedule, and keep networks on the way. Returns accuracies after each epoch."""
     settings = place.settings
-    loader, tests = loaders_of(place, settings['batch_size'])
+    loader, tests = loaders_of(place, settings['batch_size'], settings['augmented'])
     loader.seed = seed
     net = make_network(settings['net'], loader, settings['share'], seed)
     kept = kept_epochs(settings, schedule)
@@ -182,7 +188,7 @@ def make_training(schedule, seed, place):
 def make_curve(cell, seed, place):
     """Train a chain between two of the networks. Returns the segment's points and the curve's."""
     settings = place.settings
-    loader, tests = loaders_of(place, settings['batch_size'])
+    loader, tests = loaders_of(place, settings['batch_size'], settings['augmented'])
     loader.seed = seed
     net = make_network(settings['net'], loader, settings['share'], seed)
     names = [f'{cell["schedule"]}-{cell[end]}' for end in ('first', 'last')]
@@ -204,7 +210,9 @@ def make_alike(cell, seed, place):
     outputs = []
     for end in ('first', 'last'):
         weights = read_weights(place, f'sgdr-{cell[end]}', seed)
-        measure(net, weights, *loaders_of(place, settings['batch_size']))  # BatchNorm's statistics
+        measure(
+            net, weights, *loaders_of(place, settings['batch_size'], settings['augmented'])
+        )  # BatchNorm's statistics
         outputs.append(outputs_of(net, images))
     return {'similarities': similarities(*outputs)}
 
@@ -212,7 +220,7 @@ def make_alike(cell, seed, place):
 def make_point(cell, seed, place):
     """A point of the plane; the first one also has the coordinates of the iterates."""
     settings = place.settings
-    loaders = loaders_of(place, settings['batch_size'])
+    loaders = loaders_of(place, settings['batch_size'], settings['augmented'])
     net = make_network(settings['net'], loaders[0], settings['share'], seed)
     first, last = plane_pair(settings)
     names = [f'sgdr-{first}', f'sgdr-{last}', f'sgdr-{first}-sgdr-{last}']
@@ -336,7 +344,7 @@ def show(config, records, folder):
 STUDY = Study(
     'restarts',
     __doc__,
-    {net: SCALES for net in ('vgg16', 'vgg16-bn', 'airbench')},
+    {net: SCALES for net in ('vgg16-bn', 'vgg16', 'airbench')},
     plan,
     train_part,
     show,

@@ -40,13 +40,13 @@ SCALES = {
         'runs': 3,
     },
     'small': {
-        'images': 2500,
-        'compared': 1000,
+        'images': 1000,
+        'compared': 2000,
         'share': 0.125,
-        'epochs': 20,
-        'batch_size': 50,
-        'lr': 0.02,
-        'runs': 3,
+        'epochs': 40,
+        'batch_size': 25,
+        'lr': 0.01,
+        'runs': 4,
     },
     'smoke': {
         'images': 100,
@@ -245,7 +245,7 @@ def show(config, records, folder):
 STUDY = Study(
     'svcca',
     __doc__,
-    {net: SCALES for net in ('vgg16', 'vgg16-bn', 'airbench')},
+    {net: SCALES for net in ('vgg16-bn', 'vgg16', 'airbench')},
     plan,
     compare,
     show,
