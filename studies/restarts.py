@@ -1,7 +1,7 @@
 """What restarts of the learning rate do to the trajectory (Gotmare et al. 2019, section 3).
 
     python -m studies.restarts                              # small, for two CPU cores
-    torchrun --nproc_per_node=8 -m studies.restarts --scale paper --data cifar10
+    torchrun --nproc_per_node=8 -m studies.restarts --scale paper --net vgg16 --data cifar10
     python -m studies.restarts --show --out logs/mine       # the table and the pictures again
 
 A network is trained by SGDR, cosines that restart after 10, 30, 70 and 150 epochs, and from the
@@ -11,9 +11,11 @@ w70, w150 and the bend of their curve, onto which the iterates are projected (Fi
 is the largest training loss of a segment less the larger one of its ends. SVCCA compares the layers
 of early and late networks, and of those before and after a restart (Appendix 9).
 
---scale paper is the paper's: VGG-16, 320 epochs of training and 480 of curves a seed: 230 PFLOP for
-3 seeds, or 35 A100-minutes at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small is a
-fifth of its epochs, of narrow networks on a twentieth of the images.
+--scale paper is the paper's, of VGG-16 without BatchNorm: 320 epochs of training and 480 of curves
+a seed, 230 PFLOP for 3 seeds, or 35 A100-minutes at airbench94's rate of 0.36 PFLOP in 3.29
+seconds. --scale small has as many epochs of narrow networks on a hundredth of the images, which are
+not augmented: they have to be fitted, or nothing separates the networks. Without BatchNorm, such
+networks do not learn at its rate.
 """
 
 import sys
@@ -136,6 +138,7 @@ def plan(settings, records):
                 jobs.append(({'part': 'alike', 'first': first, 'last': last}, seed))
         first, last = plane_pair(settings)
         if seed == 0 and in_cell(mine, part='curve', schedule='sgdr', first=first, last=last):
+            jobs.append(({'part': 'path'}, 0))
             jobs.extend(({'part': 'plane', 'x': x, 'y': y}, 0) for x in range(n) for y in range(n))
     return jobs
 
@@ -217,26 +220,35 @@ def make_alike(cell, seed, place):
     return {'similarities': similarities(*outputs)}
 
 
+def plane_of(place, seed):
+    """The plane through w70, w150 and the bend of their curve."""
+    first, last = plane_pair(place.settings)
+    names = [f'sgdr-{first}', f'sgdr-{last}', f'sgdr-{first}-sgdr-{last}']
+    return Plane([vector_of(read_weights(place, name, seed)) for name in names])
+
+
+def make_path(seed, place):
+    """The coordinates on the plane of SGDR's networks until w150, and of the bend."""
+    plane = plane_of(place, seed)
+    _, last = plane_pair(place.settings)
+    iterates = {}
+    for epoch in kept_epochs(place.settings, 'sgdr'):
+        if epoch <= last:
+            vector = vector_of(read_weights(place, f'sgdr-{epoch}', seed))
+            iterates[str(epoch)] = plane.coordinates(vector)
+    return {'iterates': iterates, 'bend': plane.coordinates(plane.vectors[2])}
+
+
 def make_point(cell, seed, place):
-    """A point of the plane; the first one also has the coordinates of the iterates."""
+    """The measures of a point of the plane."""
     settings = place.settings
     loaders = loaders_of(place, settings['batch_size'], settings['augmented'])
     net = make_network(settings['net'], loaders[0], settings['share'], seed)
-    first, last = plane_pair(settings)
-    names = [f'sgdr-{first}', f'sgdr-{last}', f'sgdr-{first}-sgdr-{last}']
-    plane = Plane([vector_of(read_weights(place, name, seed)) for name in names])
+    plane = plane_of(place, seed)
     alphas, betas = plane.axes(settings['grid'])
     alpha, beta = alphas[cell['x']], betas[cell['y']]
     weights = named_like(plane.point(alpha, beta), net)
-    found = {'alpha': alpha, 'beta': beta} | measure(net, weights, *loaders)
-    if cell['x'] == cell['y'] == 0:
-        epochs = [epoch for epoch in kept_epochs(settings, 'sgdr') if epoch <= last]
-        places = [vector_of(read_weights(place, f'sgdr-{epoch}', seed)) for epoch in epochs]
-        found['iterates'] = {
-            str(epoch): plane.coordinates(vector) for epoch, vector in zip(epochs, places)
-        }
-        found['bend'] = plane.coordinates(plane.vectors[2])
-    return found
+    return {'alpha': alpha, 'beta': beta} | measure(net, weights, *loaders)
 
 
 def named_like(vector, net):
@@ -253,6 +265,8 @@ def train_part(cell, seed, place):
         return make_curve(cell, seed, place)
     if cell['part'] == 'alike':
         return make_alike(cell, seed, place)
+    if cell['part'] == 'path':
+        return make_path(seed, place)
     return make_point(cell, seed, place)
 
 
@@ -326,13 +340,10 @@ def show(config, records, folder):
     print_table(records)
     draw_ways(records, settings['points'], folder / 'restarts')
     points = in_cell(records, part='plane')
-    corner = in_cell(points, x=0, y=0)[0]
-    first, last = plane_pair(settings)
-    iterates = {int(epoch): place for epoch, place in corner['iterates'].items()}
-    marks = {f'w{first}': iterates[first], f'w{last}': iterates[last], 'bend': corner['bend']}
-    draw_plane(
-        points, marks, folder / 'plane', path=[iterates[epoch] for epoch in sorted(iterates)]
-    )
+    [path] = in_cell(records, part='path')
+    iterates = path['iterates']
+    marks = {f'w{epoch}': iterates[str(epoch)] for epoch in plane_pair(settings)}
+    draw_plane(points, marks | {'bend': path['bend']}, folder / 'plane', path=iterates.values())
     matrices = {}
     for first, last in settings['alike']:
         of_pair = in_cell(records, part='alike', first=first, last=last)

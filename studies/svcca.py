@@ -15,7 +15,7 @@ layer of the head, which has no places, the mean of the map.
 Two networks are trained from different initial weights, for several pairs of seeds. Compared are
 both after training, and one with itself before it. --scale paper is VGG-16 of full width on all
 images, 100 epochs each: 28 PFLOP a seed, or 4 A100-minutes at airbench94's rate of 0.36 PFLOP in
-3.29 seconds. --scale small trains narrow networks on a twentieth of the images.
+3.29 seconds. --scale small trains narrow networks on 1000 images.
 """
 
 import itertools
@@ -119,10 +119,13 @@ class Layer:
 
 
 def similarity(first, second):
-    """The mean canonical correlation of two Layers, over directions and common frequencies."""
+    """The mean canonical correlation of two Layers, over directions and common frequencies.
+
+    A frequency at which a layer answers all images alike has none, and counts as 0.
+    """
     places = frequencies(min(first.size, second.size))
     x, y = first.at(places), second.at(places)
-    count = torch.minimum(x[1], y[1])
+    count = torch.minimum(x[1], y[1]).clamp(min=1)
     return (correlations(x, y).sum(-1) / count).mean().item()
 
 

@@ -13,7 +13,7 @@ to their start than without, and freezing them does as well as warmup (Figure 6,
 
 --scale paper is the paper's, with VGG-11, 3 seeds and 4 trainings of 300 epochs: 550 PFLOP, or 1.4
 A100-hours at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains narrow networks
-on a twentieth of the images.
+on 2000 images.
 """
 
 import sys

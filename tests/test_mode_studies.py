@@ -181,6 +181,17 @@ def test_given_networks_are_joined(tmp_path):
     assert (tmp_path / 'alike' / 'svcca.png').stat().st_size > 10_000
 
 
+def test_barriers_are_means_of_each_seeds_pairs():
+    def curve(pair, seed, height):
+        points = [{'val_acc': acc, 'train_loss': 0} for acc in (0.9, 0.8 - height, 0.8)]
+        cell = {'part': 'curve', 'pair': pair, 'kind': 'chain'}
+        return {'cell': cell, 'seed': seed, 'curves': [points]}
+
+    records = [curve('GB', 1, 0.5), curve('GA', 1, 0.3), curve('GA', 0, 0.1)]
+    found = connectivity.mean_barriers(records, 'val_acc', 0, 'chain')
+    assert found == pytest.approx([10, 40])
+
+
 #### SVCCA ####
 
 
@@ -209,6 +220,7 @@ def test_svcca_of_noise_is_at_chance():
     found = svcca.correlations(svcca.principal(x, 1.0), svcca.principal(y, 1.0))
     assert (found**2).mean().item() == pytest.approx(k / n, rel=0.3)
     assert alike(torch.randn(1000, 4, 6, 6), torch.randn(1000, 4, 6, 6)) < 0.15
+    assert alike(torch.randn(1000, 4), torch.ones(1000, 4)) == 0
 
 
 def test_correlations_are_scikit_learns():
