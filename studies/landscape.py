@@ -1,6 +1,6 @@
 """Errors on the plane through three networks, and between two (Gupta et al. 2020, Figures 2, 3).
 
-    python -m studies.landscape                             # small, for two CPU cores
+    python -m studies.landscape                             # in 20 minutes, on two CPU cores
     torchrun --nproc_per_node=8 -m studies.landscape --scale paper --net resnet9 --data cifar10
     python -m studies.landscape A.pt B.pt C.pt --out logs/plane     # any three that --save wrote
     python -m studies.landscape --show --out logs/plane     # the table and the pictures again
