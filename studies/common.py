@@ -334,6 +334,19 @@ def mean_and_interval(values):
     return values.mean(), half
 
 
+def paired_p(larger, smaller):
+    """p, by Student's paired t-test, of: `larger` is not the larger one in the mean.
+
+    NaN for one pair. Differences that are all alike leave no doubt: 0 or 1.
+    """
+    differences = np.subtract(larger, smaller)
+    if len(differences) < 2:
+        return np.nan
+    if np.allclose(differences, differences[0]):
+        return float(differences[0] <= 0)
+    return scipy.stats.ttest_1samp(differences, 0, alternative='greater').pvalue
+
+
 def new_figure(width, height):
     """A matplotlib figure, in inches, that opens no window. Raises UserError without matplotlib."""
     try:

@@ -22,7 +22,6 @@ trains narrow networks on 1000 images.
 import sys
 
 import numpy as np
-import scipy.stats
 import torch
 from sklearn.manifold import TSNE
 from torch.optim.lr_scheduler import LambdaLR
@@ -35,6 +34,7 @@ from studies.common import (
     load_network,
     mean_and_interval,
     new_figure,
+    paired_p,
     run_study,
     save_both,
 )
@@ -256,9 +256,7 @@ def print_table(records, pairs):
             lower = (curve < segment).sum()
             print(f'{kind}: the barrier of {what} is lower on {lower} of {len(curve)} curves')
             segment, curve = [mean_barriers(records, key, at, kind) for at in (0, -1)]
-            p = np.nan
-            if len(segment) > 1:
-                p = scipy.stats.ttest_rel(curve, segment, alternative='less').pvalue
+            p = paired_p(segment, curve)
             print(f'  it is not lower in the mean of the pairs, n={len(segment)}: p={p:.2g}')
 
 

@@ -20,12 +20,11 @@ import sys
 from operator import itemgetter
 
 import numpy as np
-import scipy.stats
 import torch
 import torch.nn.functional as F
 
 import airbench94
-from studies.common import Study, UserError, mean_and_interval, run_study
+from studies.common import Study, UserError, mean_and_interval, paired_p, run_study
 from studies.modes import cross_entropy, loaders_of, make_network, train_by_steps
 from studies.networks import make_student
 from studies.svcca import compared_images, draw_matrices, outputs_of, similarities
@@ -140,8 +139,7 @@ def print_table(records):
         print(f'student {STUDENTS[name]:16} {mean:6.2f} +-{half:5.2f} {published:24} (best of 5)')
     mean, half = mean_and_interval([100 * record['teacher_acc'] for record in records])
     print(f'teacher {"":16} {mean:6.2f} +-{half:5.2f}')
-    pair = accuracies['teacher'], accuracies['labels']
-    p = scipy.stats.ttest_rel(*pair, alternative='greater').pvalue
+    p = paired_p(accuracies['teacher'], accuracies['labels'])
     print(f'the teacher does not help: p={p:.2g}')
     gains = gains_of(records)
     print("\nhow much more alike to the teacher's layers distillation makes each layer:")
@@ -149,7 +147,7 @@ def print_table(records):
         mean, half = mean_and_interval(values)
         print(f'  layer {i}: {mean:+.3f} +-{half:.3f}')
     shallow, deep = gains[:, :2].mean(1), gains[:, 2:].mean(1)
-    p = scipy.stats.ttest_rel(deep, shallow, alternative='greater').pvalue
+    p = paired_p(deep, shallow)
     print(f'it does not make the three deep layers more alike than the convolutions: p={p:.2g}')
 
 

@@ -20,7 +20,6 @@ import sys
 
 import numpy as np
 import scipy.optimize
-import scipy.stats
 import torch
 
 import airbench94
@@ -35,6 +34,7 @@ from studies.common import (
     in_cell,
     mean_and_interval,
     new_figure,
+    paired_p,
     run_study,
     save_both,
     whole_seeds,
@@ -162,13 +162,13 @@ def fit_power_law(epochs, errors):
     return scipy.optimize.least_squares(residuals, start, bounds=limits, max_nfev=10_000).x
 
 
-def speedup(epochs, errors, at, error):
+def speedup(law, at, error):
     """How much longer a training needs for the `error` that another has after `at` epochs.
 
-    epochs, errors: of the former; a power law is fitted to them. Longer by 0.27 in the paper's
-    example, and infinite for an error that the power law never reaches.
+    law: the former's, of fit_power_law. Longer by 0.27 in the paper's example, and infinite for an
+    error that the power law never reaches.
     """
-    a, b, c = fit_power_law(epochs, errors)
+    a, b, c = law
     if error <= c:
         return np.inf
     return ((error - c) / b) ** (1 / a) / at - 1
@@ -176,9 +176,9 @@ def speedup(epochs, errors, at, error):
 
 def speedups(epochs, random, alternating):
     """The speedup at each of `epochs`, by the mean errors (seeds, epochs) of both."""
-    means = random.mean(0)
+    law = fit_power_law(epochs, random.mean(0))
     pairs = zip(epochs, alternating.mean(0))
-    return np.array([speedup(epochs, means, at, error) for at, error in pairs])
+    return np.array([speedup(law, at, error) for at, error in pairs])
 
 
 def speedup_intervals(epochs, random, alternating, resamples=100):
@@ -236,16 +236,11 @@ def print_rows(records, key, cutout):
         for flip in FLIPS:
             mean, half = mean_and_interval(curves[flip][:, i])
             row += f'{100 - mean:9.2f} +-{half:5.2f}'
-        row += f'{p_of_alternating(random[:, i], alternating[:, i]):8.2g}'
+        row += f'{paired_p(random[:, i], alternating[:, i]):8.2g}'
         print(f'{row} {fastest[i]:7.0%} ({low[i]:.0%} to {high[i]:.0%})')
     gain, half = mean_and_interval((random - alternating).mean(1))
-    p = p_of_alternating(random.mean(1), alternating.mean(1))
+    p = paired_p(random.mean(1), alternating.mean(1))
     print(f'   all {name}   alternating over random: {gain:+.2f} +-{half:.2f}, p={p:.2g}')
-
-
-def p_of_alternating(random, alternating):
-    """The paired test's: networks of a seed begin alike, and see images in the same order."""
-    return scipy.stats.ttest_rel(alternating, random, alternative='less').pvalue
 
 
 def print_reshuffling(records):
@@ -263,7 +258,7 @@ def print_reshuffling(records):
             gains = gains + sign * errors / 2
         print(row)
     gain, half = mean_and_interval(gains)
-    p = scipy.stats.ttest_1samp(gains, 0, alternative='greater').pvalue
+    p = paired_p(gains, 0)
     print(f'reshuffling over drawing: {gain:+.2f} +-{half:.2f}, p={p:.2g}')
     print('of the paper (Table 1):       93.40 and 93.48, drawn with replacement; 93.92 and 94.01')
 
@@ -286,8 +281,8 @@ def print_published(net):
 def published_speedup(epochs, cutout, has_tta):
     all_epochs = SCALES['paper']['epochs']
     rows = [PUBLISHED[e, cutout, has_tta] for e in all_epochs]
-    errors = [100 - random for _, random, _ in rows]
-    return speedup(all_epochs, errors, epochs, 100 - PUBLISHED[epochs, cutout, has_tta][2])
+    law = fit_power_law(all_epochs, [100 - random for _, random, _ in rows])
+    return speedup(law, epochs, 100 - PUBLISHED[epochs, cutout, has_tta][2])
 
 
 def draw_curves(records, stem):

@@ -21,7 +21,6 @@ import sys
 from operator import itemgetter
 
 import numpy as np
-import scipy.stats
 import torch
 
 import airbench94
@@ -34,6 +33,7 @@ from studies.common import (
     load_network,
     mean_and_interval,
     new_figure,
+    paired_p,
     run_study,
     save_both,
 )
@@ -185,8 +185,8 @@ def print_networks(records):
     if 'SWAP' in of_seeds[0] and len(of_seeds) > 1:
         ours = accuracies['SWAP', 'val_acc']
         for name in ('LB', 'SGD1', 'SGD2', 'SGD3'):
-            p = scipy.stats.ttest_rel(ours, accuracies[name, 'val_acc'], alternative='greater')
-            print(f'  SWAP is not better than {name} on test images: p={p.pvalue:.2g}')
+            p = paired_p(ours, accuracies[name, 'val_acc'])
+            print(f'  SWAP is not better than {name} on test images: p={p:.2g}')
 
 
 def print_barriers(records):
@@ -197,7 +197,8 @@ def print_barriers(records):
             barriers.append([barrier(values_of(points, key)) for points in segments])
             mean, half = mean_and_interval(barriers[-1])
             print(f'barrier of {part} on {what}: {mean:6.2f} +-{half:5.2f} percentage points')
-        p = scipy.stats.ttest_rel(*barriers, alternative='less').pvalue
+        same, other = barriers
+        p = paired_p(other, same)
         print(f'  it is not lower from the same start: p={p:.2g}')
 
 

@@ -21,7 +21,6 @@ networks do not learn at its rate.
 import sys
 
 import numpy as np
-import scipy.stats
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR
 
 import airbench94
@@ -33,6 +32,7 @@ from studies.common import (
     in_cell,
     mean_and_interval,
     new_figure,
+    paired_p,
     run_study,
     save_both,
 )
@@ -292,22 +292,16 @@ def print_table(records):
         for (first, last), values in of_segments.items():
             mean, half = mean_and_interval(values)
             row = f'{schedule:9} {first:3} to {last:3} {len(values):4} {mean:9.4f} +-{half:7.4f}'
-            row += f' {p_above_zero(values):9.2g}'
+            row += f' {paired_p(values, 0):9.2g}'
             mean, half = mean_and_interval(of_curves[first, last])
             print(f'{row} {mean:9.4f} +-{half:7.4f}')
         means[schedule] = np.mean(list(of_segments.values()), axis=0)
-    p = scipy.stats.ttest_rel(means['sgdr'], means['steps'], alternative='greater').pvalue
+    p = paired_p(means['sgdr'], means['steps'])
     print(f'means of the segments: SGDR has no higher barriers than step decay, p={p:.2g}')
     for schedule in SCHEDULES:
         trainings = in_cell(records, part='training', schedule=schedule)
         mean, half = mean_and_interval([100 * max(r['val_acc']) for r in trainings])
         print(f'best accuracy, {schedule:5}: {mean:6.2f} +-{half:5.2f}%')
-
-
-def p_above_zero(values):
-    if not values.any():
-        return 1.0
-    return scipy.stats.ttest_1samp(values, 0, alternative='greater').pvalue
 
 
 def draw_ways(records, points, stem):

@@ -23,7 +23,6 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
 from torch.optim.swa_utils import AveragedModel
 
 import swap94
@@ -35,6 +34,7 @@ from studies.common import (
     in_cell,
     mean_and_interval,
     new_figure,
+    paired_p,
     run_study,
     save_both,
     two_whole_seeds,
@@ -156,11 +156,11 @@ def print_table(records):
     print(f'{"":20}  before averaging  after        p seconds   PFLOP', end='')
     print('   before averaging  after     seconds')
     for way, (before, spread, after, spread_after, seconds) in PUBLISHED.items():
-        pair = accuracies_of(records, way)
+        singles, averages = accuracies_of(records, way)
         row = f'{way:20}'
-        for values in pair:
+        for values in (singles, averages):
             row += f' {values.mean():7.2f} +-{values.std(ddof=1):5.2f}'
-        p = scipy.stats.ttest_rel(*pair, alternative='less').pvalue
+        p = paired_p(averages, singles)
         keys = ('training_seconds', 'pflop')
         costs = [np.mean([r[key] for r in in_cell(records, way=way)]) for key in keys]
         row += f' {p:8.2g} {costs[0]:7.1f} {costs[1]:7.2g}'

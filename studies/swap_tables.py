@@ -22,7 +22,6 @@ on a tenth of the images.
 import sys
 
 import numpy as np
-import scipy.stats
 
 import swap94
 from studies.common import (
@@ -33,6 +32,7 @@ from studies.common import (
     in_cell,
     mean_and_interval,
     new_figure,
+    paired_p,
     run_study,
     save_both,
     two_whole_seeds,
@@ -122,7 +122,7 @@ def print_table(accuracies, costs, published):
     print('\nSWAP after averaging over the others, with 95% interval, and p of "it is not better":')
     for row in (ROWS[2], ROWS[1], ROWS[0]):
         gain, half = mean_and_interval(ours - accuracies[row])
-        p = scipy.stats.ttest_rel(ours, accuracies[row], alternative='greater').pvalue
+        p = paired_p(ours, accuracies[row])
         print(f'  {row:22} {gain:+6.2f} +-{half:5.2f}, p={p:.2g}')
 
 

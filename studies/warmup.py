@@ -19,7 +19,6 @@ on 2000 images.
 import sys
 
 import numpy as np
-import scipy.stats
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -30,6 +29,7 @@ from studies.common import (
     by_seed,
     mean_and_interval,
     new_figure,
+    paired_p,
     run_study,
     save_both,
     two_whole_seeds,
@@ -180,14 +180,14 @@ def print_table(records, warm_up):
         mean, half = mean_and_interval(head_similarities(records, name))
         print(f'{row} {mean:6.3f} +-{half:6.3f}')
     with_warmup, without = [head_similarities(records, name) for name in ('lb-warmup', 'lb')]
-    p = scipy.stats.ttest_rel(with_warmup, without, alternative='greater').pvalue
+    p = paired_p(with_warmup, without)
     print(f'warmup does not keep the head more alike to its start: p={p:.2g}')
     frozen, warm, without = [
         accuracies_at(records, name, warm_up) for name in ('lb-frozen', 'lb-warmup', 'lb')
     ]
     gain, half = mean_and_interval(frozen - warm)
     print(f'frozen over warmup, after it: {gain:+.2f} +-{half:.2f} percentage points')
-    p = scipy.stats.ttest_rel(frozen, without, alternative='greater').pvalue
+    p = paired_p(frozen, without)
     print(f'freezing is not better than nothing, after it: p={p:.2g}')
 
 

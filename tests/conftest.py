@@ -1,6 +1,7 @@
 """What the tests share: made-up data, a narrow network's settings, and ways to call the scripts."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -31,6 +32,9 @@ needs_compiler = pytest.mark.skipif(
     not shutil.which(os.environ.get('CXX', 'g++')),
     reason='needs a C++ compiler, for torch.compile on the CPU',
 )
+# Its processes have imported torch, scripts and studies when they start.
+SERVER = multiprocessing.get_context('forkserver')
+SERVER.set_forkserver_preload([f'studies.{path.stem}' for path in ROOT.glob('studies/*.py')])
 if not torch.cuda.is_available():  # then Triton's interpreter runs this process's kernels
     os.environ['TRITON_INTERPRET'] = '1'
 

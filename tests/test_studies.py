@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT
+from conftest import ONE_THREAD, ROOT, SERVER
 from PIL import Image
 
 import airbench94
@@ -40,11 +39,12 @@ def test_speedups_are_the_papers(cutout, has_tta, percents):
 def test_the_power_law_is_found_again():
     epochs = [5, 10, 20, 40]
     errors = [flip.power_law(e, -0.8, 20.0, 5.0) for e in epochs]
-    assert flip.fit_power_law(epochs, errors) == pytest.approx([-0.8, 20.0, 5.0], rel=1e-3)
+    law = flip.fit_power_law(epochs, errors)
+    assert law == pytest.approx([-0.8, 20.0, 5.0], rel=1e-3)
     # 15 epochs have the error at which another training has arrived after 10.
     error = flip.power_law(15, -0.8, 20.0, 5.0)
-    assert flip.speedup(epochs, errors, 10, error) == pytest.approx(0.5, rel=1e-2)
-    assert flip.speedup(epochs, errors, 10, 4.9) == np.inf
+    assert flip.speedup(law, 10, error) == pytest.approx(0.5, rel=1e-2)
+    assert flip.speedup(law, 10, 4.9) == np.inf
 
 
 def loader_with(flips, replaced=False):
@@ -74,7 +74,7 @@ def test_speedups_have_intervals():
     low, high = flip.speedup_intervals(epochs, random, faster)
     assert found == pytest.approx(0.3, abs=0.05)
     assert (low < found).all() and (found < high).all() and (high - low < 0.2).all()
-    assert flip.p_of_alternating(random[:, 0], faster[:, 0]) < 1e-6
+    assert common.paired_p(random[:, 0], faster[:, 0]) < 1e-6
 
 
 def test_flip_trains_every_script(tmp_path, monkeypatch):
@@ -346,9 +346,6 @@ PICTURES = {  # one that the study draws
     'warmup': 'warmup.png',
     'distill': 'svcca.png',
 }
-# Its processes have imported torch and the studies when they start.
-SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload([f'studies.{name}' for name in PICTURES])
 
 
 def study_of(name):
@@ -389,6 +386,16 @@ def test_pairs_are_of_seeds_that_every_cell_has():
     assert common.whole_seeds(records, jobs) == records
     assert common.whole_seeds(records[:-1], jobs) == records[:3]
     assert common.whole_seeds(records[1:5], jobs) == []
+
+
+@pytest.mark.filterwarnings('error')
+def test_a_paired_p_is_that_of_students_test():
+    larger = np.array([1.0, 2.0, 4.0])
+    assert common.paired_p(larger, 0) == pytest.approx(0.5 - 7**0.5 / 6)  # t is the root of 7
+    assert common.paired_p(0, larger) == pytest.approx(0.5 + 7**0.5 / 6)
+    assert common.paired_p(larger + 0.1, larger) == 0
+    assert common.paired_p(larger, larger) == 1
+    assert np.isnan(common.paired_p([1.0], [0.0]))
 
 
 @pytest.mark.parametrize('name', PICTURES)

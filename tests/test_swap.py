@@ -5,10 +5,12 @@ import copy
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +18,7 @@ from pathlib import Path
 import pytest
 import scipy
 import torch
-from conftest import ONE_THREAD, ROOT, load_log, made_up_split, refuse, save_set
+from conftest import ONE_THREAD, ROOT, SERVER, load_log, made_up_split, refuse, save_set
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
@@ -44,17 +46,6 @@ CALLS = {  # name: (dtype, arguments of main), for one, two and four processes
     'teams': ('float64', ['--curve', *SMALL, *TEAMS]),
     'phase 1': ('float64', [*PHASE_1, 'phase1.train_epochs=1.5']),
 }
-MAIN = """
-import json, sys, torch, swap94
-
-# A process joins the ranks once; here for several calls of main.
-everyone = swap94.join_ranks(torch.device('cpu'))
-swap94.join_ranks = lambda device: everyone
-swap94.dist.destroy_process_group = lambda: None
-for kind, *args in json.loads(sys.argv[1]):
-    swap94.pick_dtype = lambda name, device: getattr(torch, kind)
-    assert swap94.main(['--device', 'cpu', *args]) == 0
-"""
 
 
 @contextlib.contextmanager
@@ -149,11 +140,36 @@ def by_one(tmp_path_factory, folder):
     return path
 
 
+def run_rank(rank, ranks, port, calls, log):
+    """What torchrun has one of its processes do, for several calls of main."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    # A process joins the ranks once.
+    everyone = swap94.join_ranks(torch.device('cpu'))
+    swap94.join_ranks = lambda device: everyone
+    swap94.dist.destroy_process_group = lambda: None
+    with open(log, 'w') as file, redirect_stdout(file), redirect_stderr(file):
+        for kind, *args in calls:
+            swap94.pick_dtype = lambda name, device, kind=kind: getattr(torch, kind)
+            if swap94.main(['--device', 'cpu', *args]) != 0:
+                sys.exit(1)
+
+
 def by_many(path, folder, ranks, calls):
-    command = [sys.executable, '-c', MAIN, json.dumps(calls_into(path, folder, calls))]
-    with torchrun(*command, cwd=path, options=[f'--nproc_per_node={ranks}']) as process:
-        code, _, err = finish(process)
-    assert code == 0, err
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    calls = calls_into(path, folder, calls)
+    processes = []
+    for rank in range(ranks):
+        args = (rank, ranks, port, calls, path / f'{rank}.log')
+        processes.append(SERVER.Process(target=run_rank, args=args))
+        processes[-1].start()
+    for process in processes:
+        process.join(200)
+    logs = [(path / f'{rank}.log').read_text() for rank in range(ranks)]
+    assert [process.exitcode for process in processes] == [0] * ranks, logs
     return path
 
 
