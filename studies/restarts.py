@@ -1,6 +1,6 @@
 """What restarts of the learning rate do to the trajectory (Gotmare et al. 2019, section 3).
 
-    python -m studies.restarts                              # small, for two CPU cores
+    python -m studies.restarts                              # in 20 minutes, on two CPU cores
     torchrun --nproc_per_node=8 -m studies.restarts --scale paper --net vgg16 --data cifar10
     python -m studies.restarts --show --out logs/mine       # the table and the pictures again
 

@@ -101,7 +101,7 @@ def kept(tmp_path_factory, folder):
 def test_digits_reach_95_percent(tmp_path):
     """In a network and a number of epochs that take seconds; the defaults reach 98%."""
     small = ['net.widths.block1=16', 'net.widths.block2=32', 'net.widths.block3=64']
-    args = ['--data', 'digits', '--device', 'cpu', *small, 'opt.train_epochs=8']
+    args = ['--data', 'digits', '--device', 'cpu', *small, 'opt.train_epochs=6']
     done = run_script(*args, cwd=tmp_path, env=ONE_THREAD)
     log = only_log(tmp_path)
     assert (done.returncode, done.stderr) == (0, '')
