@@ -47,7 +47,7 @@ SCALES = {
     },
     'smoke': {
         'hyp': [*NARROW, 'opt.batch_size=50'],
-        'images': 200,
+        'images': 100,
         'tests': None,
         'target': 0.2,
         'first': 2,

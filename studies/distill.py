@@ -24,7 +24,16 @@ import torch
 import torch.nn.functional as F
 
 import airbench94
-from studies.common import Study, UserError, mean_and_interval, paired_p, run_study
+from studies.common import (
+    COLOURS,
+    Study,
+    UserError,
+    mean_and_interval,
+    new_figure,
+    paired_p,
+    run_study,
+    save_both,
+)
 from studies.modes import cross_entropy, loaders_of, make_network, train_by_steps
 from studies.networks import make_student
 from studies.svcca import compared_images, draw_matrices, outputs_of, similarities
@@ -151,6 +160,19 @@ def print_table(records):
     print(f'it does not make the three deep layers more alike than the convolutions: p={p:.2g}')
 
 
+def draw_gains(records, stem):
+    """The difference between both, on average over the teacher's layers."""
+    figure = new_figure(5, 3.4)
+    axes = figure.subplots()
+    for layer, values in enumerate(gains_of(records).T, 1):
+        mean, half = mean_and_interval(values)
+        axes.errorbar(layer, mean, half, fmt='o', color=COLOURS[0], capsize=3)
+    axes.axhline(0, color='grey', linewidth=0.8)
+    axes.set(xlabel='layer of the student', ylabel='similarity gained by distillation')
+    axes.set_xticks(range(1, layer + 1))
+    save_both(figure, stem)
+
+
 def show(config, records, folder):
     records = sorted(records, key=itemgetter('seed'))
     if len(records) < 2:
@@ -160,8 +182,8 @@ def show(config, records, folder):
     for name, title in STUDENTS.items():
         of_seeds = [record[name]['similarities'] for record in records]
         matrices[f'student {title}'] = np.mean(of_seeds, axis=0)
-    difference = np.abs(matrices['student on the teacher'] - matrices['student on labels'])
-    draw_matrices(matrices | {'difference, absolute': difference}, folder / 'svcca')
+    draw_matrices(matrices, folder / 'svcca', ('student', 'teacher'))
+    draw_gains(records, folder / 'gains')
 
 
 STUDY = Study(

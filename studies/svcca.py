@@ -222,19 +222,21 @@ def print_table(matrices):
             print(f'  layer {i + 1:2}: {mean:6.3f} +-{half:5.3f}')
 
 
-def draw_matrices(matrices, stem):
-    """A heat map of each {title: matrix} of similarities."""
-    columns = 2 if len(matrices) > 3 else len(matrices)
+def draw_matrices(matrices, stem, networks=('first', 'second')):
+    """A heat map of each {title: matrix} of similarities, of layers of the two networks."""
+    columns = min(2, len(matrices))
     rows = math.ceil(len(matrices) / columns)
-    figure = new_figure(4 * columns + 1, 3.8 * rows)
+    first, second = np.shape(next(iter(matrices.values())))
+    figure = new_figure(4 * columns + 1, (3 * first / second + 0.8) * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (title, matrix) in zip(grid.flat, matrices.items()):
         image = axes.imshow(matrix, vmin=0, vmax=1, origin='lower', cmap='viridis')
-        first, second = np.array(matrix).shape
-        axes.set(xlabel='layer of the second', ylabel='layer of the first', title=title)
+        axes.set(title=title)
+        axes.set_ylabel(f'layer of the {networks[0]}')
+        axes.set_xlabel(f'layer of the {networks[1]}')
         axes.set_xticks(range(0, second, 2), range(1, second + 1, 2))
         axes.set_yticks(range(0, first, 2), range(1, first + 1, 2))
-    figure.colorbar(image, ax=grid, label='mean canonical correlation')
+    figure.colorbar(image, ax=grid, label='similarity')
     save_both(figure, stem)
 
 
