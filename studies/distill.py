@@ -1,6 +1,6 @@
 """Where the knowledge goes that a teacher gives to its student (Gotmare et al. 2019, section 5).
 
-    python -m studies.distill                               # small, for two CPU cores
+    python -m studies.distill                               # in ten minutes, on two CPU cores
     torchrun --nproc_per_node=8 -m studies.distill --scale paper --data cifar10
     python -m studies.distill --show --out logs/mine        # the table and the pictures again
 

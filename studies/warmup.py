@@ -182,13 +182,14 @@ def print_table(records, warm_up):
     with_warmup, without = [head_similarities(records, name) for name in ('lb-warmup', 'lb')]
     p = paired_p(with_warmup, without)
     print(f'warmup does not keep the head more alike to its start: p={p:.2g}')
-    frozen, warm, without = [
-        accuracies_at(records, name, warm_up) for name in ('lb-frozen', 'lb-warmup', 'lb')
-    ]
-    gain, half = mean_and_interval(frozen - warm)
-    print(f'frozen over warmup, after it: {gain:+.2f} +-{half:.2f} percentage points')
-    p = paired_p(frozen, without)
-    print(f'freezing is not better than nothing, after it: p={p:.2g}')
+    for when, epoch in (('after it', warm_up), ('at the end', -1)):
+        frozen, warm, neither = [
+            accuracies_at(records, name, epoch) for name in ('lb-frozen', 'lb-warmup', 'lb')
+        ]
+        gain, half = mean_and_interval(frozen - warm)
+        print(f'{when}: freezing over warmup {gain:+.2f} +-{half:.2f} percentage points')
+        print(f'  freezing is not better than neither: p={paired_p(frozen, neither):.2g}')
+        print(f'  warmup is not better than neither: p={paired_p(warm, neither):.2g}')
 
 
 def draw_trainings(records, warm_up, stem):
