@@ -1,6 +1,6 @@
 """What warmup of the learning rate does, and freezing the head instead (Gotmare et al. 2019, 4).
 
-    python -m studies.warmup                                # small, for two CPU cores
+    python -m studies.warmup                                # in 15 minutes, on two CPU cores
     torchrun --nproc_per_node=8 -m studies.warmup --net resnet18 --scale paper --data cifar10
     python -m studies.warmup --show --out logs/mine         # the table and the pictures again
 
