@@ -335,9 +335,10 @@ def mean_and_interval(values):
 
 
 def paired_p(larger, smaller):
-    """p, by Student's paired t-test, of: `larger` is not the larger one in the mean.
+    """p of "`larger` is not the larger one in the mean", by Student's paired t-test.
 
-    NaN for one pair. Differences that are all alike leave no doubt: 0 or 1.
+    Both are in the same order; `smaller` may be a number. NaN for one pair, and 0 or 1 if all
+    differences are alike.
     """
     differences = np.subtract(larger, smaller)
     if len(differences) < 2:

@@ -208,14 +208,13 @@ def make_curve(cell, seed, place):
 def make_alike(cell, seed, place):
     """Similarities of the layers of SGDR's networks after two of its epochs."""
     settings = place.settings
-    net = make_network(settings['net'], place.train_loader, settings['share'], seed)
+    loaders = loaders_of(place, settings['batch_size'], settings['augmented'])
+    net = make_network(settings['net'], loaders[0], settings['share'], seed)
     images = compared_images(place)
     outputs = []
     for end in ('first', 'last'):
         weights = read_weights(place, f'sgdr-{cell[end]}', seed)
-        measure(
-            net, weights, *loaders_of(place, settings['batch_size'], settings['augmented'])
-        )  # BatchNorm's statistics
+        measure(net, weights, *loaders)  # for BatchNorm's statistics
         outputs.append(outputs_of(net, images))
     return {'similarities': similarities(*outputs)}
 

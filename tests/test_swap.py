@@ -164,7 +164,7 @@ def by_many(path, folder, ranks, calls):
     processes = []
     for rank in range(ranks):
         args = (rank, ranks, port, calls, path / f'{rank}.log')
-        processes.append(SERVER.Process(target=run_rank, args=args))
+        processes.append(SERVER.Process(target=run_rank, args=args, daemon=True))
         processes[-1].start()
     for process in processes:
         process.join(200)
