@@ -1,6 +1,6 @@
 """Curves of low loss between networks that were trained differently (Gotmare et al. 2019, 2.1).
 
-    python -m studies.connectivity                          # small, for two CPU cores
+    python -m studies.connectivity                          # in half an hour, on two CPU cores
     torchrun --nproc_per_node=8 -m studies.connectivity --scale paper --data cifar10
     python -m studies.connectivity A.pt B.pt --out logs/curve   # two that --save has written
     python -m studies.connectivity --show --out logs/curve      # the table and the pictures again
