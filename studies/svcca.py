@@ -1,6 +1,6 @@
 """How alike the layers of two networks are: SVCCA (Gotmare et al. 2019, section 2.2).
 
-    python -m studies.svcca                                 # small, for two CPU cores
+    python -m studies.svcca                                 # in five minutes, on two CPU cores
     python -m studies.svcca A.pt B.pt --out logs/alike      # any two that --save has written
     python -m studies.svcca --show --out logs/alike         # the table and the pictures again
 
