@@ -83,8 +83,10 @@ def test_resnet9_trains_in_half_precision_on_its_device(dtype):
 def test_a_step_of_resnet9_is_sgds_on_the_mean_loss():
     settings = swap.hyp_of(swap.SETTINGS['resnet9']['smoke'], 'small-batch', 10)
     hyp = swap94.phase_settings(settings, 'phase1')
-    inputs, labels = torch.randn(40, 3, 32, 32), torch.arange(40) % 10
-    ours, theirs = [networks.make_resnet9(4, seed=1, **CPU) for _ in range(2)]
+    options = {'device': 'cpu', 'dtype': torch.float64}
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(40, 3, 32, 32, dtype=torch.float64), torch.arange(40) % 10
+    ours, theirs = [networks.make_resnet9(4, seed=1, **options) for _ in range(2)]
     optimizer, scheduler = swap.make_sgd(ours, hyp, total_steps=10)
     lr, decay = hyp['opt']['lr'], 5e-4
     sgd = torch.optim.SGD(theirs.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=decay)
@@ -97,7 +99,7 @@ def test_a_step_of_resnet9_is_sgds_on_the_mean_loss():
         F.cross_entropy(theirs(inputs), labels).backward()
         sgd.step()
     for p, q in zip(ours.parameters(), theirs.parameters()):
-        assert torch.allclose(p, q, atol=1e-5)
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-9)
 
 
 def test_resnet9_is_trained_by_every_method_and_swap94_is_as_before(tmp_path):
