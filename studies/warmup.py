@@ -100,7 +100,6 @@ def plan(settings, records):
 
 def rate_share(settings, steps, has_warmup):
     """The share of the peak rate at a step; steps: of an epoch."""
-
     dropped = dropping([drop * steps for drop in settings['drops']], 0.1)
 
     def share(step):

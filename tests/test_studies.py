@@ -419,11 +419,14 @@ def test_two_processes_make_a_study_which_was_killed(name, tmp_path, capsys):
     assert not list(out.glob('cells/*.tmp'))
     assert (out / picture).stat().st_size > 10_000
 
-    # Table and pictures can be made again, of study.json alone.
-    shutil.rmtree(out / 'cells')
-    assert common.run_study(study, ['--show', '--out', str(out)]) == 0
-    table = capsys.readouterr().out.partition('\nplot')[0]
-    assert table and table in outputs[0] and 'plot in' not in outputs[1]
+    # Table and pictures can be made again, of the records alone; and of study.json alone.
+    for is_kept in (False, True):
+        if is_kept:
+            shutil.rmtree(out / 'cells')
+        assert common.run_study(study, ['--show', '--out', str(out)]) == 0
+        table = capsys.readouterr().out.partition('\nplot')[0]
+        assert table and table in outputs[0]
+    assert 'plot in' not in outputs[1]
     assert common.read_study(out)[1] == records
 
 

@@ -134,10 +134,14 @@ def test_the_table_tells_before_and_after_averaging(capsys):
 #### SWA ####
 
 
-def test_a_sequence_averages_as_many_networks_as_there_are_workers(tmp_path):
+def test_every_way_averages_as_many_networks(tmp_path):
     place = make_place(tmp_path)
-    for name, count in (('small-batch-swa', 3), ('swap-longer', 6)):
-        assert len(swa.train({'way': name}, 0, place)['networks']) == count
+    counts = {}
+    for name in swa.WAYS:
+        record = swa.train({'way': name}, 0, place)
+        counts[name] = len(record['networks'])
+    assert counts.pop('swap-longer') == 6
+    assert set(counts.values()) == {3}
 
 
 def test_swa_of_one_cycle_each_is_swap(tmp_path):
