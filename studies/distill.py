@@ -17,7 +17,6 @@ a teacher of 200: 160 PFLOP with the teacher's answers, or 25 A100-minutes at ai
 """
 
 import sys
-from operator import itemgetter
 
 import numpy as np
 import torch
@@ -27,12 +26,13 @@ import airbench94
 from studies.common import (
     COLOURS,
     Study,
-    UserError,
+    by_seed,
     mean_and_interval,
     new_figure,
     paired_p,
     run_study,
     save_both,
+    two_whole_seeds,
 )
 from studies.modes import cross_entropy, loaders_of, make_network, train_by_steps
 from studies.networks import make_student
@@ -174,9 +174,7 @@ def draw_gains(records, stem):
 
 
 def show(config, records, folder):
-    records = sorted(records, key=itemgetter('seed'))
-    if len(records) < 2:
-        raise UserError(f'{folder}: needs two seeds; train on, then --show')
+    records = by_seed(two_whole_seeds(records, plan(config['settings'], []), folder))
     print_table(records)
     matrices = {}
     for name, title in STUDENTS.items():
