@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.9", "torchvision", "numpy", "scipy", "tqdm", "filelock", "scikit-learn"]
+# dependencies = ["torch>=2.9", "torchvision", "numpy", "tqdm", "scikit-learn"]
 # ///
-"""records/94: 94% on CIFAR-10 with few operations, and without a GPU in minutes.
+"""record94: 94% on CIFAR-10 with few operations, and in minutes without a GPU.
 
-    python records/94.py                    # CIFAR-10, on the best device that is there
-    python records/94.py --runs 5           # every option is airbench94.py's
-    python records/94.py --data digits      # no network, no GPU: a minute on a laptop
+    python records/record94.py                    # on the best available device
+    python records/record94.py --runs 5
+    python records/record94.py --data digits      # no network, no GPU: a minute on a laptop
 
-The network is airbench94's, with first convolutions of 2 x 2 in its blocks; the optimizer is Muon;
-images begin small; what the network knows well is left out of later epochs; test-time augmentation
-is kept for images in doubt; a CPU convolves small maps with fewer products. Measured: 94.11% (n=5),
-964 seconds a run, in fp32 on two cores of an AMD EPYC; 94.02% (n=24), in fp16 on an H200; with 0.16
-PFLOP. records/README.md has the details, and what was tried.
+This is airbench94 with less work in it: Muon is the optimizer, images start small, later epochs
+leave out the images that the network already knows, only uncertain test images get test-time
+augmentation, blocks begin with a 2 x 2 convolution, and a CPU convolves small maps with fewer
+products. Measured: 94.11% (n=5), 964 seconds a run, in fp32 on two cores of an AMD EPYC; 94.02%
+(n=24), in fp16 on an H200; with 0.16 PFLOP. records/README.md has the details, and what was tried.
+
+"Section" in the comments means the paper behind airbench94: https://arxiv.org/abs/2404.00498.
 """
 
 #### Imports #######################################################################################
@@ -51,31 +53,31 @@ hyp = {
     'opt': {
         'train_epochs': 16.9,       # passes over the images that are served
         'batch_size': 1000,         # images
-        'lr': 0.24,                 # of the filters, whose norm is sqrt(outputs)
-        'lr_biases': 0.038,         # of BatchNorm's biases and the whitening bias, an image
-        'lr_head': 0.67,            # of the last layer, an image
-        'filter_momentum': 0.6,     # Nesterov's, before the orthogonalization
+        'lr': 0.24,                 # of the filters, which have the norm sqrt(outputs)
+        'lr_biases': 0.038,         # of BatchNorm's biases and the whitening bias, per image
+        'lr_head': 0.67,            # of the last layer, per image
+        'filter_momentum': 0.6,     # Nesterov's, of the filters, before we orthogonalize
         'newton_schulz': 3,         # steps of the orthogonalization
-        'momentum': 0.78,           # Nesterov's, of biases and head
-        'weight_decay': 2e-6,       # of biases and head, an image
+        'momentum': 0.78,           # Nesterov's, of the biases and the last layer
+        'weight_decay': 2e-6,       # of the biases and the last layer, per image
         'label_smoothing': 0.2,     # share of the target that is spread over all classes
         'schedule': {               # learning rate, as a share of lr; linear in between
             'start': 1.0,
             'peak_at': 0.0,
             'end': 0.02,
         },
-        'average': {                # a moving one of the weights, which is the result
+        'average': {                # the result is a moving average of the weights
             'every': 4,             # steps
-            'decay': 0.8,           # share that it keeps of itself
+            'decay': 0.8,           # share that the average keeps of itself
         },
     },
     'growth': {
-        'size': 16,                 # height and width of the first steps' images, in pixels
-        'until': 0.45,              # share of the steps after which they are 32
+        'size': 16,                 # height and width of the images at first, in pixels
+        'until': 0.45,              # share of the steps; after them, images have 32 pixels
     },
     'selection': {
-        'from': 0.4,                # share of the epochs after which images are left out
-        'keep': 0.5,                # share that is kept: those whose loss was largest
+        'from': 0.4,                # share of the epochs; after them, we leave images out
+        'keep': 0.5,                # share that we keep: the images with the largest losses
     },
     'aug': {
         'flip': True,               # alternating flip
@@ -94,14 +96,22 @@ hyp = {
         'whiten_images': 5000,      # training images from which the whitening is computed
         'whiten_eps': 5e-4,         # added to the eigenvalues
         'tta_level': 2,             # test-time augmentation: 0 none, 1 mirror, 2 mirror and shift
-        'tta_margin': 2.0,          # by which the largest logit must lead to be believed without
+        'tta_margin': 2.0,          # without TTA, the largest logit must lead by as much
     },
     'target': 0.94,                 # test accuracy against which the mean of the runs is tested
 }
-
-# What --data digits sets: small batches, and no mirrored digits.
-DIGITS = ['opt.train_epochs=5', 'opt.batch_size=64', 'aug.flip=False', 'net.tta_level=0']
 # fmt: on
+
+
+def digits_hyp():
+    """`hyp` for scikit-learn's digits. They are few, and a mirrored digit is no digit."""
+    settings = copy.deepcopy(hyp)
+    settings['opt'] |= {'train_epochs': 5, 'batch_size': 64}
+    settings['aug']['flip'] = False
+    return settings
+
+
+FASTER_ON_A_CPU = 'Two cores need 16 minutes. Later epochs, with large images, are the slow ones.'
 
 #### Data ##########################################################################################
 
@@ -381,7 +391,7 @@ class Mul(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm without scale, whose running statistics keep the share `momentum` of themselves."""
+    """BatchNorm without scale. Its running statistics keep the share `momentum` of themselves."""
 
     def __init__(self, channels, momentum, eps):
         super().__init__(channels, eps=eps, momentum=1 - momentum)
@@ -393,27 +403,32 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(x)
 
 
-# Where polynomials are evaluated: near zero, as fp32 has to bear the powers.
+# Where we evaluate polynomials: near zero, so that fp32 can hold their powers.
 POINTS = (0, 1, -1, 0.5, -0.5, 2, -2, 4)
 
 
 def evaluation_matrix(points, coefficients):
-    """(points, coefficients): turns coefficients into values at POINTS, and last at infinity."""
+    """(points, coefficients): from coefficients to values at POINTS and, last, at infinity."""
     powers = np.vander(POINTS[: points - 1], coefficients, increasing=True)
     leading = np.eye(coefficients)[-1:]  # the value at infinity is the last coefficient
     return np.concatenate((powers, leading))
 
 
 def winograd_matrices(size, taps, padding, dtype):
-    """(of_maps, of_filters, of_products), by which a convolution becomes products at points.
+    """Three matrices, with which a convolution becomes a product of values at points.
 
-    To multiply polynomials, multiply their values, at as many points as the result has
-    coefficients. A convolution of images is the transpose of that (Winograd, 1980; Lavin & Gray,
-    2015, in small tiles). Here a whole row of a map is one polynomial: P = size + 2 * padding
-    points do. For two dimensions, the matrices are Kronecker's products with themselves.
+    To multiply two polynomials, we can multiply their values at as many points as the result has
+    coefficients. Convolving images is the transpose of that (Winograd, 1980; Lavin & Gray, 2015,
+    in small tiles). Here a whole row of a map is one polynomial, so that we need
+    P = size + 2 * padding points. In two dimensions, each matrix becomes its Kronecker product with
+    itself.
 
-    size, taps: height and width of the maps and of the filters. Shapes: (P^2, size^2),
-    (P^2, taps^2) and ((P - taps + 1)^2, P^2).
+    Args:
+        size: height and width of the maps.
+        taps: height and width of the filters.
+
+    Returns:
+        [of_maps (P^2, size^2), of_filters (P^2, taps^2), of_products ((P - taps + 1)^2, P^2)]
     """
     points = size + 2 * padding
     of_maps = np.linalg.inv(evaluation_matrix(points, points)).T[:, padding : padding + size]
@@ -424,10 +439,10 @@ def winograd_matrices(size, taps, padding, dtype):
 
 
 def winograd_conv(x, filters, padding):
-    """F.conv2d of stride 1, for square maps of at most len(POINTS) + 1 - 2 * padding pixels.
+    """F.conv2d with stride 1, for square maps of at most len(POINTS) + 1 - 2 * padding pixels.
 
-    Up to 5.4 times fewer products than by its definition: 81 for the 441 of 7 x 7 places and 3 x 3
-    taps. In fp32, the error's norm is less than 1e-4 of the result's.
+    It takes up to 5.4 times fewer products: a 3 x 3 filter on a 7 x 7 map takes 81 instead of 441.
+    In fp32, the error's norm is less than 1e-4 of the result's.
     """
     n, _, size, _ = x.shape
     taps = filters.shape[-1]
@@ -442,9 +457,9 @@ def winograd_conv(x, filters, padding):
 
 
 class Conv(nn.Conv2d):
-    """Convolution whose first outputs begin as copies of its inputs (section 3.3).
+    """A convolution whose first outputs start as copies of its inputs (section 3.3).
 
-    On a CPU, small maps without a bias go through `winograd_conv`.
+    On a CPU, `winograd_conv` computes it for small maps if there is no bias.
     """
 
     def reset_parameters(self):
@@ -462,9 +477,9 @@ class Conv(nn.Conv2d):
 
 
 class ConvLayer(nn.Module):
-    """A convolution of 3 x 3; or, if it pools, one of 2 x 2 without padding.
+    """A 3 x 3 convolution or, with `pool`, a 2 x 2 convolution without padding and a max-pool.
 
-    So no row is lost in the pools: 31 pixels become 30, 15, 14, 7, 6 and 3.
+    This way the pools drop no row: 31 pixels become 30, 15, 14, 7, 6 and 3.
     """
 
     def __init__(self, channels_in, channels_out, pool, batchnorm_momentum, batchnorm_eps):
@@ -482,7 +497,7 @@ class ConvLayer(nn.Module):
 
 
 def conv_group(channels_in, channels_out, **batchnorm):
-    """Two layers, the first of which pools."""
+    """Two conv layers; the first one max-pools."""
     return nn.Sequential(
         ConvLayer(channels_in, channels_out, pool=True, **batchnorm),
         nn.SiLU(),
@@ -492,7 +507,7 @@ def conv_group(channels_in, channels_out, **batchnorm):
 
 
 class Net(nn.Sequential):
-    """Layers, one after another; if `autocast`, in bfloat16 where torch.autocast computes in it."""
+    """Layers in sequence. With `autocast`, torch.autocast runs them in bfloat16 where it can."""
 
     def __init__(self, *layers, autocast):
         super().__init__(*layers)
@@ -507,15 +522,16 @@ class Net(nn.Sequential):
 
 
 def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
-    """The network: (N, 3, H, W) of `dtype`, from 16 x 16 -> logits (N, num_classes).
+    """The network: (N, 3, H, W) of `dtype`, at least 16 x 16 -> logits (N, num_classes).
 
-    Parameters are drawn on the CPU, from `seed`. They are of `dtype`, BatchNorm's at least fp32.
-    With bfloat16 all are fp32, as small updates of bfloat16 weights would be rounded away. The
-    memory format is channels_last. The first layer waits for `init_whitening_conv`.
+    We draw the parameters on the CPU, from `seed`. They have the given `dtype`, except that
+    BatchNorm's are at least fp32, and that with bfloat16 all are fp32: small updates of bfloat16
+    weights would be rounded away. The memory format is channels_last. The first layer still needs
+    `init_whitening_conv`.
     """
     widths = hyp['net']['widths']
     kernel = hyp['net']['whiten_kernel']
-    whiten_width = 2 * 3 * kernel**2  # the eigenvectors of the patches, and their negations
+    whiten_width = 2 * 3 * kernel**2  # the patches' eigenvectors and their negatives
     settings = {key: hyp['net'][key] for key in ('batchnorm_momentum', 'batchnorm_eps')}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -574,23 +590,24 @@ def init_whitening_conv(layer, images, eps):
 
 
 def learning_rate_share(step, total_steps, schedule):
-    """The learning rate of a step, counted from 0, as a share of its peak: a triangle."""
+    """Learning rate at a step, counted from 0, as a share of the peak: a triangle."""
     corners = [0, int(schedule['peak_at'] * total_steps), total_steps]
     return float(np.interp(step, corners, [schedule['start'], 1, schedule['end']]))
 
 
-# Of x -> a x + b x^3 + c x^5, which moves singular values towards 1: https://kellerjordan.github.io/posts/muon/
+# (a, b, c): x -> a x + b x^3 + c x^5 moves singular values towards 1.
+# https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices, steps):
-    """Set all singular values of matrices (..., rows, columns) to about 1, by Newton-Schulz.
+    """Bring all singular values of matrices (..., rows, columns) near 1 (Newton-Schulz).
 
-    After three steps they are between 0.3 and 1.3 if they were above a hundredth of the largest.
+    Three steps bring those above a hundredth of the largest to between 0.3 and 1.3.
     """
     a, b, c = NEWTON_SCHULZ
     is_tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if is_tall else matrices  # the products are of the shorter side
+    x = matrices.mT if is_tall else matrices  # so that we multiply along the shorter side
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
@@ -599,12 +616,12 @@ def orthogonalize(matrices, steps):
 
 
 class Muon(torch.optim.SGD):
-    """SGD which, in groups with 'newton_schulz' steps, moves along orthogonalized gradients.
+    """SGD that orthogonalizes the gradients of groups with 'newton_schulz' steps.
 
-    Such a group holds filters (outputs, ...), of which each is seen as a matrix with a row an
-    output. Nesterov's momentum comes before the orthogonalization, so that SGD must have none
-    there: the group's is 'filter_momentum'. Before each step the filters are scaled to the norm
-    sqrt(outputs), so that the learning rate is that of an angle.
+    Such a group holds filters (outputs, ...). We see each as a matrix with a row per output. Its
+    Nesterov momentum, 'filter_momentum', comes before the orthogonalization, so SGD's own momentum
+    must be 0 in this group. Before each step we scale the filters to the norm sqrt(outputs), so
+    that the learning rate sets by what angle they turn.
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
     """
 
@@ -616,7 +633,7 @@ class Muon(torch.optim.SGD):
         return super().step(closure)
 
     def orthogonalize_gradients(self, group):
-        """Replace the gradients of a group, and scale its filters."""
+        """Replace the gradients of a group, and scale its filters to their norm."""
         momentum = group['filter_momentum']
         by_shape = {}
         for filters in group['params']:
@@ -634,10 +651,10 @@ class Muon(torch.optim.SGD):
 
 
 def make_optimizer(net, hyp, total_steps, fused=None):
-    """Muon and its schedule: (optimizer, scheduler). fused: as for torch.optim.SGD.
+    """Muon and its learning rate schedule: (optimizer, scheduler).
 
-    The rates of the head and the biases are for a loss that is summed over the batch. BatchNorm's
-    biases are known by "norm" in their names.
+    The rates of the biases and of the last layer, the head, are for a loss that is summed over the
+    batch. `fused` is torch.optim.SGD's.
     """
     opt = hyp['opt']
     weight_decay = opt['weight_decay'] * opt['batch_size']
@@ -645,7 +662,7 @@ def make_optimizer(net, hyp, total_steps, fused=None):
     biases = [p for name, p in trained if name.endswith('bias')]
     filters = [p for name, p in trained if p.ndim == 4]
     head = [p for name, p in trained if p.ndim == 2]
-    # PyTorch multiplies the weight decay by the learning rate, so that is divided out here.
+    # PyTorch multiplies the weight decay by the learning rate, so we divide by it.
     groups = [
         {'params': params, 'lr': lr, 'weight_decay': weight_decay / lr, 'newton_schulz': 0}
         for params, lr in ((biases, opt['lr_biases']), (head, opt['lr_head']))
@@ -666,6 +683,25 @@ def make_optimizer(net, hyp, total_steps, fused=None):
         return learning_rate_share(step, total_steps, opt['schedule'])
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+#### Moving average ################################################################################
+
+
+def by_dtype(tensors):
+    """One list of tensors per dtype. torch._foreach is slow on mixed lists, and torch 2.9 and 2.10
+    copy them wrongly.
+    """
+    lists = {}
+    for tensor in tensors:
+        lists.setdefault(tensor.dtype, []).append(tensor)
+    return list(lists.values())
+
+
+def update_averages(averages, weights, decay):
+    """averages <- lerp(averages, weights, 1 - decay). Both are lists of tensors."""
+    for some_averages, some_weights in zip(by_dtype(averages), by_dtype(weights)):
+        torch._foreach_lerp_(some_averages, some_weights, 1 - decay)
 
 
 #### Loss and evaluation ###########################################################################
@@ -732,47 +768,55 @@ def evaluate(net, loader, tta_level=0, forward=forward):
     return (predictions == loader.labels).sum().item() / len(loader.labels)
 
 
-#### Doubtful images ###############################################################################
+#### Uncertain images ##############################################################################
 
 
-def infer_in_doubt(net, loader, tta_level, margin, forward=forward):
-    """(logits (N, num_classes), how many views): with TTA only where one view leaves doubt.
+def infer_with_tta_where_uncertain(net, loader, tta_level, margin, forward=forward):
+    """Logits (N, num_classes), with test-time augmentation only for images that need it.
 
-    That is where its two largest logits differ by less than `margin`: each image is judged alone.
+    An image needs it if its two largest logits, without augmentation, differ by less than `margin`.
+    So each image is judged by itself.
+
+    Returns:
+        (logits, how many views of images the network saw).
     """
     logits = infer(net, loader, 0, forward)
     if tta_level == 0:
         return logits, len(logits)
     largest = logits.topk(2).values
-    doubtful = (largest[:, 0] - largest[:, 1] < margin).nonzero().flatten()
+    uncertain = (largest[:, 0] - largest[:, 1] < margin).nonzero().flatten()
     few = copy.copy(loader)
     few.batch_size = 500
-    # The first image fills the last batch, as compiled functions are for batches of one size.
-    few.images = loader.images[F.pad(doubtful, (0, -len(doubtful) % few.batch_size))]
-    logits[doubtful] = infer(net, few, tta_level, forward)[: len(doubtful)]
-    return logits, len(loader.images) + len(few.images) * TTA_VIEWS[tta_level]
+    # We fill the last batch with the first image, since functions are compiled for one batch size.
+    few.images = loader.images[F.pad(uncertain, (0, -len(uncertain) % few.batch_size))]
+    logits[uncertain] = infer(net, few, tta_level, forward)[: len(uncertain)]
+    views_each = len(tta_views(loader.normalize(loader.images[:1]), tta_level))
+    return logits, len(loader.images) + views_each * len(few.images)
 
 
 #### Growth and selection ##########################################################################
 
 
 def resize(inputs, size):
-    """Batch (B, C, H, W) -> (B, C, size, size), by antialiased bilinear interpolation."""
+    """Batch (B, C, H, W) -> (B, C, size, size), with antialiased bilinear interpolation."""
     if size == inputs.shape[-1]:
         return inputs
-    size = (size, size)
-    return F.interpolate(inputs, size=size, mode='bilinear', antialias=True)
+    exact = inputs.to(
+        torch.promote_types(inputs.dtype, torch.float32)
+    )  # a CPU has no bfloat16 here
+    small = F.interpolate(exact, size=(size, size), mode='bilinear', antialias=True)
+    return small.to(inputs.dtype)
 
 
 def image_size(step, total_steps, growth):
-    """Height and width, in pixels, of the images of a step, counted from 0."""
+    """Height and width, in pixels, of the images at a step, counted from 0."""
     if step < growth['until'] * total_steps:
         return growth['size']
     return 32
 
 
 def plan_epochs(n, hyp):
-    """Of each epoch: (how many of the n training images are served, how many steps)."""
+    """For each epoch: (how many of the n training images it serves, how many steps it takes)."""
     opt, selection = hyp['opt'], hyp['selection']
     plan = []
     for epoch in range(math.ceil(opt['train_epochs'])):
@@ -784,74 +828,37 @@ def plan_epochs(n, hyp):
     return plan
 
 
-def image_sizes(n, hyp):
-    """A list with `image_size` of each step of a training on n images."""
-    total_steps = sum(steps for _, steps in plan_epochs(n, hyp))
-    return [image_size(step, total_steps, hyp['growth']) for step in range(total_steps)]
+def hardest(order, losses, n):
+    """Of the images in `order`, the n with the largest losses, in the same order.
 
-
-def flop_per_step(hyp, num_classes, size):
-    """Floating-point operations of a step on images of `size` pixels, as torch's counter counts."""
-    batch_size = hyp['opt']['batch_size']
-    options = {'device': 'meta', 'dtype': torch.float32}
-    net = make_net(hyp, num_classes, **options)
-    net[0].bias.requires_grad = size < 32
-    optimizer, _ = make_optimizer(net, hyp, total_steps=1)
-    images = torch.empty(batch_size, 3, size, size, **options)
-    labels = torch.empty(batch_size, dtype=torch.int64, device='meta')
-    with FlopCounterMode(display=False) as counter:
-        loss, _ = compute_loss(net, images, labels, 0.0)
-        loss.backward()
-        optimizer.step()
-    return counter.get_total_flops()
-
-
-def are_hardest(losses, n):
-    """Which losses, of (N,), are among the n largest: bool (N,)."""
+    Args:
+        order: int64 (N,), places of images in the set.
+        losses: (N,), by place in the set.
+    """
     is_hard = torch.zeros(len(losses), dtype=torch.bool, device=losses.device)
     is_hard[losses.topk(n).indices] = True
-    return is_hard
-
-
-def serve_hardest(loader, losses, n):
-    """Let the loader's next epoch serve only the n images of the largest losses, in its order.
-
-    losses: (N,), by place in the set, on the loader's device. Returns that order, int64 (n,).
-    """
-    loader.send_draws()
-    order = loader.draws['order']
-    is_hard = are_hardest(losses, n)
-    # Those that are hard first, without waiting to learn how many they are.
-    order = order[is_hard[order].argsort(descending=True, stable=True)[:n]]
-    loader.draws['order'] = order
-    return order
+    # Sorting puts the hard images first without waiting to learn how many there are.
+    return order[is_hard[order].argsort(descending=True, stable=True)[:n]]
 
 
 #### Training ######################################################################################
 
 
+def clock(device):
+    """Seconds on the wall clock, once `device` has finished its work."""
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=compute_loss):
-    """One step of SGD. Returns what compute_loss does; the outputs live until the next step."""
+    """Take one step. Returns what compute_loss does; the outputs are valid until the next step."""
     loss, outputs = compute_loss(net, inputs, labels, label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    # A clone, as the next call of a CUDA graph overwrites the original.
+    # A clone, because the next call of a CUDA graph overwrites the original.
     return loss.detach().clone(), outputs
-
-
-def count_pflop(train_loader, hyp, views):
-    """PFLOP (1e15 operations) of one run, training and so many views of test images.
-
-    Convolutions count by their definition; by `winograd_conv`, a CPU needs fewer operations.
-    """
-    num_classes = len(train_loader.classes)
-    sizes = image_sizes(len(train_loader.images), hyp)
-    _, of_view = flop_per_image(hyp, num_classes)
-    flop = views * of_view
-    for size in set(sizes):
-        flop += sizes.count(size) * flop_per_step(hyp, num_classes, size)
-    return 1e-15 * flop
 
 
 def train(
@@ -863,53 +870,55 @@ def train(
     *,
     net=None,
     fused=None,
+    make_net=make_net,
+    init_whitening_conv=init_whitening_conv,
+    make_optimizer=make_optimizer,
     forward=forward,
     compute_loss=compute_loss,
 ):
-    """Train a network. The result depends on the loaders, `hyp` and `seed` alone.
+    """Train a network. The result depends only on the loaders, `hyp` and `seed`.
 
     Args:
-        train_loader: its batch size must be that of `hyp`; it gets `seed`, and starts anew.
-        on_epoch: is called with each of the record's epochs as it ends.
-        net: a network for the same `hyp`, to be overwritten and returned; by default a new one.
+        train_loader: with the batch size of `hyp`. It starts anew, with `seed`.
+        on_epoch: a function that gets each row of record['epochs'] as soon as it is there.
+        net: a network for the same `hyp`, to be used again; by default a new one is made.
         fused: as for torch.optim.SGD.
-        forward, compute_loss: those functions, or others with their results.
+        The others replace the functions above, for experiments and for --compile.
 
     Returns:
-        (net, record). record has 'seed', 'val_acc', 'mirror_val_acc' and 'tta_val_acc' (with one,
-        two, and, in doubt, six views), 'views' (of all test images), 'pflop' (`count_pflop`'s),
-        'seconds' and 'epochs', a list of {'epoch', 'train_loss', 'train_acc', 'val_acc',
-        'seconds'}. Accuracies are in [0, 1].
-        train_loss, a mean, and train_acc are those of the epoch's last batch. seconds run from the
-        first access to the training images to the test-set predictions (section 2), without the
-        validation after each epoch. If a loss is not finite, training ends with that epoch, and
-        record has 'failed': {'step', 'reason'}.
-
-    Raises UserError where the loaders do.
+        (net, record). The record has 'seed', 'val_acc', 'mirror_val_acc' and 'tta_val_acc' (with
+        one view, two, and more where one is uncertain), 'views' (how many views of test images gave
+        tta_val_acc), 'seconds' and 'epochs', a list of {'epoch', 'train_loss', 'train_acc',
+        'val_acc', 'seconds'}. Accuracies are from 0 to 1. train_loss, a mean, and train_acc are
+        those of the epoch's last batch. The clock runs from the first access to the training images
+        to the predictions for the test set (section 2), but stops while we validate after each
+        epoch. If a loss is not finite, training stops after that epoch, and the record has
+        'failed', the reason.
     """
-    torch.manual_seed(seed)  # nothing here draws from it, but an edited loss may
+    torch.manual_seed(seed)  # nothing here draws from it, but your changes may
     opt = hyp['opt']
     device = train_loader.device
     train_loader.seed = seed
     train_loader.epoch = 0
+    len(train_loader)  # raises ValueError if the images don't fill a batch
     plan = plan_epochs(len(train_loader.images), hyp)
     total_steps = sum(steps for _, steps in plan)
-    options = {'device': device, 'dtype': train_loader.dtype}
-    fresh = make_net(hyp, len(train_loader.classes), seed=seed, **options)
+    where = {'device': device, 'dtype': train_loader.dtype}
+    fresh = make_net(hyp, train_loader.num_classes, seed=seed, **where)
     if net is None:
         net = fresh
     else:
         net.load_state_dict(fresh.state_dict())
     optimizer, scheduler = make_optimizer(net, hyp, total_steps, fused)
     record = {'seed': seed, 'val_acc': None, 'mirror_val_acc': None, 'tta_val_acc': None}
-    record |= {'pflop': count_pflop(train_loader, hyp, 0), 'seconds': 0.0, 'epochs': []}
+    record |= {'seconds': 0.0, 'epochs': []}
 
     start = clock(device)
     whiten_images = train_loader.normalize(train_loader.images[: hyp['net']['whiten_images']])
     init_whitening_conv(net[0], whiten_images, hyp['net']['whiten_eps'])
     weights = [value for value in net.state_dict().values() if value.is_floating_point()]
     averages = [weight.clone() for weight in weights]
-    # Each image's loss when it was last seen, without smoothing.
+    # Each image's loss, without label smoothing, when the network last saw it.
     image_losses = torch.full((len(train_loader.images),), math.inf, device=device)
     record['seconds'] += clock(device) - start
 
@@ -917,35 +926,36 @@ def train(
     for epoch, (served, steps) in enumerate(plan, 1):
         start = clock(device)
         net.train()
-        order = serve_hardest(train_loader, image_losses, served)
+        draws = train_loader.next_draws()
+        draws['order'] = hardest(draws['order'], image_losses, served)
+        batches = islice(train_loader.batches(draws), steps)
         losses = []
         seen_losses = []
-        for inputs, labels in progress(islice(train_loader, steps), f'epoch {epoch}', steps):
+        for inputs, labels in progress(batches, f'epoch {epoch}', steps):
             size = image_size(step, total_steps, hyp['growth'])
-            net[0].bias.requires_grad = size < 32  # to train it costs a tenth of a step
-            inputs = resize(inputs, size)
+            net[0].bias.requires_grad = size < 32  # to train it takes a tenth of a step
             loss, outputs = train_step(
-                net, optimizer, inputs, labels, opt['label_smoothing'], compute_loss
+                net, optimizer, resize(inputs, size), labels, opt['label_smoothing'], compute_loss
             )
             losses.append(loss)
             seen_losses.append(F.cross_entropy(outputs.float(), labels, reduction='none'))
             scheduler.step()
             step += 1
             if step % opt['average']['every'] == 0:
-                torch._foreach_lerp_(averages, weights, 1 - opt['average']['decay'])
+                update_averages(averages, weights, opt['average']['decay'])
         if step == total_steps:
-            torch._foreach_copy_(weights, averages)
-        seen = order[: steps * opt['batch_size']]
+            for weight, average in zip(weights, averages):  # the averages are the result
+                weight.copy_(average)
+        seen = draws['order'][: steps * opt['batch_size']]
         image_losses[seen] = torch.cat(seen_losses)
         record['seconds'] += clock(device) - start
 
         train_acc = (outputs.argmax(1) == labels).sum().item() / len(labels)
-        net[0].bias.requires_grad = True  # so that evaluation is compiled once
+        net[0].bias.requires_grad = True  # so that evaluation compiles once
         losses = torch.stack(losses).tolist()
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
-                failed_step = step - steps + i + 1
-                record['failed'] = {'step': failed_step, 'reason': f'the loss is {loss}'}
+                record['failed'] = f'the loss is {loss} at step {step - steps + i + 1}'
                 return net, record
         record['val_acc'] = evaluate(net, test_loader, forward=forward)
         row = {
@@ -960,14 +970,15 @@ def train(
             on_epoch(row)
 
     start = clock(device)
-    level, margin = hyp['net']['tta_level'], hyp['net']['tta_margin']
-    logits, views = infer_in_doubt(net, test_loader, level, margin, forward)
+    # A network that has never seen mirrored images is worse on them (SVHN, digits).
+    tta_level = hyp['net']['tta_level'] if hyp['aug']['flip'] else 0
+    logits, record['views'] = infer_with_tta_where_uncertain(
+        net, test_loader, tta_level, hyp['net']['tta_margin'], forward
+    )
     correct = logits.argmax(1) == test_loader.labels
     record['tta_val_acc'] = correct.sum().item() / len(correct)
     record['seconds'] += clock(device) - start
-    record['views'] = views
-    record['pflop'] = count_pflop(train_loader, hyp, views)
-    record['mirror_val_acc'] = evaluate(net, test_loader, 1, forward)
+    record['mirror_val_acc'] = evaluate(net, test_loader, min(tta_level, 1), forward)
     return net, record
 
 
@@ -977,23 +988,22 @@ def train(
 def fast_path(train_loader, hyp):
     """What --compile adds: faster functions for `train`, compiled by torch (section 3.7).
 
-    All runs share the network for which they were compiled. On an NVIDIA GPU, Triton kernels
-    augment the images and average the weights. Needs the folder kernels/.
+    All runs share the network for which they were compiled. On an NVIDIA GPU, a Triton kernel
+    augments the images. Needs the folder kernels/ next to the folder of this script.
     """
-    from kernels import compiled, faster_augment, lookahead
+    sys.path.append(str(Path(__file__).resolve().parent.parent))  # where kernels/ is
+    from kernels import compiled, faster_augment
 
     device = train_loader.device
     net = make_net(hyp, train_loader.num_classes, device=device, dtype=train_loader.dtype)
-    faster = {
+    if device.type == 'cuda':
+        train_loader.augment = faster_augment(train_loader)
+    return {
         'net': net,
         'fused': True,
         'forward': compiled(forward, device),
         'compute_loss': compiled(compute_loss, device),
     }
-    if device.type == 'cuda':
-        train_loader.augment = faster_augment(train_loader)
-        faster['lookahead'] = lookahead
-    return faster
 
 
 #### Main ##########################################################################################
