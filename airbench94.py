@@ -786,6 +786,133 @@ def fast_path(train_loader, hyp):
     }
 
 
+#### Helpers #######################################################################################
+
+
+def clock(device):
+    """Seconds on the wall clock, once `device` has finished its work."""
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def progress(items, what, total=None):
+    """`items` with a progress bar, in a terminal, and only for the first of several processes."""
+    hidden = True if os.environ.get('RANK', '0') != '0' else None  # None: unless in a terminal
+    return tqdm(items, what, total, leave=False, disable=hidden)
+
+
+def by_dtype(tensors):
+    """One list of tensors per dtype. torch._foreach is slow on mixed lists, and torch 2.9 and 2.10
+    copy them wrongly.
+    """
+    lists = {}
+    for tensor in tensors:
+        lists.setdefault(tensor.dtype, []).append(tensor)
+    return list(lists.values())
+
+
+def keep_freed_memory():
+    """Make glibc keep freed memory, which the kernel would have to clear before we use it again.
+
+    A training step on a CPU then takes 0.6 to 0.75 of the time. This affects the whole process.
+    """
+    if platform.libc_ver()[0] == 'glibc':
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: take all memory from the heap,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which shrinks by no less than 2 GiB
+
+
+def describe(device):
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f'{platform.machine()} {device}, {capability}, {torch.get_num_threads()} threads'
+
+
+def load_sets(data):
+    """(name, hyp, training set, test set). Raises OSError if --data has no CIFAR-10."""
+    if data != 'digits':
+        folder = data or 'cifar10'
+        try:
+            return folder, hyp, *[load_cifar10(folder, train) for train in (True, False)]
+        except OSError as error:
+            if data:
+                raise
+            print(f'\n*** THIS IS NOT CIFAR-10: {error}')
+            print("*** Training on scikit-learn's handwritten digits instead.\n", flush=True)
+    return 'digits', digits_hyp(), *[load_digits(train) for train in (True, False)]
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--runs', type=int, help='how many (default: 25 on a GPU, 1 on a CPU)')
+    parser.add_argument('--seed', type=int, default=0, help='of run 0; run i has SEED + i')
+    parser.add_argument('--data', help="folder with CIFAR-10 (default: cifar10), or 'digits'")
+    parser.add_argument('--compile', action='store_true', help='pays off for many runs on a GPU')
+    args = parser.parse_args()
+    if args.seed < 0 or (args.runs is not None and args.runs < 1):
+        parser.error('--runs must be at least 1, and --seed at least 0')
+    return args
+
+
+COLUMNS = ('run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'seconds')
+
+
+def print_row(row):
+    cells = []
+    for name in COLUMNS:
+        value = row.get(name)
+        text = f'{value:.4f}' if isinstance(value, float) else str('' if value is None else value)
+        cells.append(text.rjust(max(10, len(name))))
+    print(f'| {" | ".join(cells)} |\n', end='', flush=True)  # one write: ranks share a screen
+
+
+def new_log(args, data, hyp, device, dtype):
+    """(file, log) for a call. The log says how to repeat it; its list of runs is still empty."""
+    script = Path(__file__)
+    moment = time.strftime('%Y%m%d-%H%M%S')
+    log = {
+        'script': script.name,
+        'argv': sys.argv,
+        'hyp': hyp,
+        'seed': args.seed,
+        'data': {'path': data, 'is_cifar10': data != 'digits'},
+        'device': describe(device),
+        'dtype': str(dtype).removeprefix('torch.'),
+        'mode': 'compiled' if args.compile else 'eager',
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'source': script.read_text(),
+        'runs': [],
+    }
+    return Path('logs', f'{script.stem}-{moment}-{os.getpid()}.json'), log
+
+
+def write_log(file, log):
+    """Write the log, whole or not at all. If that fails we say so, and go on."""
+    temporary = file.with_suffix('.tmp')
+    try:
+        file.parent.mkdir(exist_ok=True)
+        temporary.write_text(json.dumps(log, indent=1) + '\n')
+        os.replace(temporary, file)
+    except OSError as error:
+        print(f'the log was not written: {error}', file=sys.stderr)
+
+
+def summarize(records):
+    """A line with the mean and std of the runs' accuracies."""
+    finished = [record for record in records if 'failed' not in record]
+    if not finished:
+        return 'all runs failed'
+    accuracies = [record['tta_val_acc'] for record in finished]
+    std = f', std {np.std(accuracies, ddof=1):.4f}' if len(finished) > 1 else ''
+    seconds = np.mean([record['seconds'] for record in finished])
+    failed = len(records) - len(finished)
+    mean = f'mean accuracy with TTA {np.mean(accuracies):.4f}{std}'
+    return f'n={len(finished)}, {failed} failed: {mean}, {seconds:.2f} seconds a run'
+
+
 #### Main ##########################################################################################
 
 

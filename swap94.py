@@ -570,23 +570,24 @@ def init_whitening_conv(layer, images, eps):
 
 
 def learning_rate_share(step, total_steps, schedule):
-    """The learning rate of a step, counted from 0, as a share of its peak: a triangle."""
+    """Learning rate at a step, counted from 0, as a share of the peak: a triangle."""
     corners = [0, int(schedule['peak_at'] * total_steps), total_steps]
     return float(np.interp(step, corners, [schedule['start'], 1, schedule['end']]))
 
 
-# Of x -> a x + b x^3 + c x^5, which moves singular values towards 1: https://kellerjordan.github.io/posts/muon/
+# (a, b, c): x -> a x + b x^3 + c x^5 moves singular values towards 1.
+# https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices, steps):
-    """Set all singular values of matrices (..., rows, columns) to about 1, by Newton-Schulz.
+    """Bring all singular values of matrices (..., rows, columns) near 1 (Newton-Schulz).
 
-    After three steps they are between 0.3 and 1.3 if they were above a hundredth of the largest.
+    Three steps bring those above a hundredth of the largest to between 0.3 and 1.3.
     """
     a, b, c = NEWTON_SCHULZ
     is_tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if is_tall else matrices  # the products are of the shorter side
+    x = matrices.mT if is_tall else matrices  # so that we multiply along the shorter side
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
@@ -595,12 +596,12 @@ def orthogonalize(matrices, steps):
 
 
 class Muon(torch.optim.SGD):
-    """SGD which, in groups with 'newton_schulz' steps, moves along orthogonalized gradients.
+    """SGD that orthogonalizes the gradients of groups with 'newton_schulz' steps.
 
-    Such a group holds filters (outputs, ...), of which each is seen as a matrix with a row an
-    output. Nesterov's momentum comes before the orthogonalization, so that SGD must have none
-    there: the group's is 'filter_momentum'. Before each step the filters are scaled to the norm
-    sqrt(outputs), so that the learning rate is that of an angle.
+    Such a group holds filters (outputs, ...). We see each as a matrix with a row per output. Its
+    Nesterov momentum, 'filter_momentum', comes before the orthogonalization, so SGD's own momentum
+    must be 0 in this group. Before each step we scale the filters to the norm sqrt(outputs), so
+    that the learning rate sets by what angle they turn.
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
     """
 
@@ -612,7 +613,7 @@ class Muon(torch.optim.SGD):
         return super().step(closure)
 
     def orthogonalize_gradients(self, group):
-        """Replace the gradients of a group, and scale its filters."""
+        """Replace the gradients of a group, and scale its filters to their norm."""
         momentum = group['filter_momentum']
         by_shape = {}
         for filters in group['params']:
@@ -630,10 +631,10 @@ class Muon(torch.optim.SGD):
 
 
 def make_optimizer(net, hyp, total_steps, fused=None):
-    """Muon and its schedule: (optimizer, scheduler). fused: as for torch.optim.SGD.
+    """Muon and its learning rate schedule: (optimizer, scheduler).
 
-    The rates of the head and the biases are for a loss that is summed over the batch. BatchNorm's
-    biases are known by "norm" in their names.
+    The rates of the biases and of the last layer, the head, are for a loss that is summed over the
+    batch. `fused` is torch.optim.SGD's.
     """
     opt = hyp['opt']
     weight_decay = opt['weight_decay'] * opt['batch_size']
@@ -641,7 +642,7 @@ def make_optimizer(net, hyp, total_steps, fused=None):
     biases = [p for name, p in trained if name.endswith('bias')]
     filters = [p for name, p in trained if p.ndim == 4]
     head = [p for name, p in trained if p.ndim == 2]
-    # PyTorch multiplies the weight decay by the learning rate, so that is divided out here.
+    # PyTorch multiplies the weight decay by the learning rate, so we divide by it.
     groups = [
         {'params': params, 'lr': lr, 'weight_decay': weight_decay / lr, 'newton_schulz': 0}
         for params, lr in ((biases, opt['lr_biases']), (head, opt['lr_head']))
@@ -662,6 +663,15 @@ def make_optimizer(net, hyp, total_steps, fused=None):
         return learning_rate_share(step, total_steps, opt['schedule'])
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+#### Moving average ################################################################################
+
+
+def update_averages(averages, weights, decay):
+    """averages <- lerp(averages, weights, 1 - decay). Both are lists of tensors."""
+    for some_averages, some_weights in zip(by_dtype(averages), by_dtype(weights)):
+        torch._foreach_lerp_(some_averages, some_weights, 1 - decay)
 
 
 #### Loss and evaluation ###########################################################################
@@ -726,22 +736,25 @@ def evaluate(net, loader, tta_level=0, forward=forward):
 
 
 def resize(inputs, size):
-    """Batch (B, C, H, W) -> (B, C, size, size), by antialiased bilinear interpolation."""
+    """Batch (B, C, H, W) -> (B, C, size, size), with antialiased bilinear interpolation."""
     if size == inputs.shape[-1]:
         return inputs
-    size = (size, size)
-    return F.interpolate(inputs, size=size, mode='bilinear', antialias=True)
+    exact = inputs.to(
+        torch.promote_types(inputs.dtype, torch.float32)
+    )  # a CPU has no bfloat16 here
+    small = F.interpolate(exact, size=(size, size), mode='bilinear', antialias=True)
+    return small.to(inputs.dtype)
 
 
 def image_size(step, total_steps, growth):
-    """Height and width, in pixels, of the images of a step, counted from 0."""
+    """Height and width, in pixels, of the images at a step, counted from 0."""
     if step < growth['until'] * total_steps:
         return growth['size']
     return 32
 
 
 def plan_epochs(n, hyp):
-    """Of each epoch: (how many of the n training images are served, how many steps)."""
+    """For each epoch: (how many of the n training images it serves, how many steps it takes)."""
     opt, selection = hyp['opt'], hyp['selection']
     plan = []
     for epoch in range(math.ceil(opt['train_epochs'])):
@@ -754,13 +767,15 @@ def plan_epochs(n, hyp):
 
 
 def hardest(order, losses, n):
-    """The n images with the largest losses, as int64 (n,), in the order of `order`, int64 (N,).
+    """Of the images in `order`, the n with the largest losses, in the same order.
 
-    losses: float (N,), by place in the set, on the device of `order`.
+    Args:
+        order: int64 (N,), places of images in the set.
+        losses: (N,), by place in the set.
     """
     is_hard = torch.zeros(len(losses), dtype=torch.bool, device=losses.device)
     is_hard[losses.topk(n).indices] = True
-    # Sort the hard ones to the front, so that we need not wait to learn how many there are.
+    # Sorting puts the hard images first without waiting to learn how many there are.
     return order[is_hard[order].argsort(descending=True, stable=True)[:n]]
 
 
@@ -937,8 +952,8 @@ def fit(
     plan = plan_epochs(len(loader.images), settings)
     total_steps = sum(steps for _, steps in plan)
     optimizer, scheduler = make_optimizer(net, settings, total_steps, fused)
-    weights = by_dtype(value for value in net.state_dict().values() if value.is_floating_point())
-    averages = [[value.clone() for value in values] for values in weights]
+    weights = [value for value in net.state_dict().values() if value.is_floating_point()]
+    averages = [weight.clone() for weight in weights]
     record = {'steps': 0, 'seconds': 0.0, 'epochs': []}
 
     for epoch, (served, steps) in enumerate(plan, 1):
@@ -962,8 +977,7 @@ def fit(
             scheduler.step()
             record['steps'] += 1
             if opt['average']['decay'] > 0 and record['steps'] % opt['average']['every'] == 0:
-                for some_averages, some_weights in zip(averages, weights):
-                    torch._foreach_lerp_(some_averages, some_weights, 1 - opt['average']['decay'])
+                update_averages(averages, weights, opt['average']['decay'])
         net[0].bias.requires_grad = True  # so that evaluation compiles once
 
         totals[0] += 0 * flatten(net.parameters()).sum()  # NaN if a weight is not finite
@@ -984,8 +998,8 @@ def fit(
         if opt['tau'] < 1 and accuracy >= opt['tau']:
             break
     if opt['average']['decay'] > 0:
-        for some_averages, some_weights in zip(averages, weights):
-            torch._foreach_copy_(some_weights, some_averages)
+        for weight, average in zip(weights, averages):
+            weight.copy_(average)
     weights = {name: value.clone() for name, value in net.state_dict().items()}
     return {'weights': weights, 'losses': losses, 'record': record}
 
