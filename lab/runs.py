@@ -1,0 +1,181 @@
+"""The log folder: which runs exist, which process makes which, and files that are whole.
+
+DIR/config.json holds what all runs have in common, DIR/runs/00000.json is a run's record, and
+DIR/log.json has it all, with a summary.
+"""
+
+import io
+import json
+import os
+import socket
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from lab.errors import UserError, first_lines
+from lab.options import flat
+
+#### Files #########################################################################################
+
+
+def write_atomically(path, content):
+    """Write bytes to a temporary file, which then gets the name `path`.
+
+    Raises UserError, with the file's name, if that fails; an older file stays as it was.
+    """
+    temporary = path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.tmp')
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f'{path} cannot be written: {first_lines(error)}') from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f'{path} cannot be written as JSON: {first_lines(error)}') from error
+    write_atomically(path, f'{text}\n'.encode())
+
+
+def write_tensors(path, content):
+    """Write tensors, in lists and dicts, like torch.save."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+#### Opening a log #################################################################################
+
+
+def new_folder(name):
+    """A folder in logs that no other command has."""
+    return Path('logs', f'{time.strftime("%Y%m%d-%H%M%S")}-{name}-{os.urandom(3).hex()}')
+
+
+def describe_difference(name, before, now):
+    """One line about a setting that is `before` in the log, and `now` here."""
+    values = f'{name} is {before} there, and {now} here'
+    if len(values) <= 200:
+        return values
+    if not isinstance(before, str) or not isinstance(now, str):
+        return f'{name} differs'
+    before_lines, now_lines = before.splitlines(), now.splitlines()
+    number = 0
+    while before_lines[number : number + 1] == now_lines[number : number + 1]:
+        number += 1
+    line_before, line_now = (
+        lines[number].strip() if number < len(lines) else 'missing'
+        for lines in (before_lines, now_lines)
+    )
+    return f'line {number + 1} of {name} is {line_before[:80]} there, and {line_now[:80]} here'
+
+
+def first_difference(before, now):
+    """What differs between two configs, in one line, or None. The data may have another path."""
+    before, now = flat(before), flat(json.loads(json.dumps(now)))
+    for name in sorted(before.keys() | now.keys()):
+        if name != 'data.path' and before.get(name) != now.get(name):
+            return describe_difference(name, before.get(name), now.get(name))
+    return None
+
+
+def open_log(folder, config):
+    """Make `folder` the log for `config`, or check that it is. Many processes may do so at once.
+
+    Raises UserError if it is the log of something else.
+    """
+    file = folder / 'config.json'
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f'--out {folder}: is not a folder')
+    folder.mkdir(parents=True, exist_ok=True)
+    harmless = ('.lock', '.tmp', '.out', '.err', '.log')  # for example a scheduler's
+    others = [path.name for path in folder.iterdir() if path.suffix not in harmless]
+    if others and not file.exists():
+        raise UserError(f'--out {folder}: holds {others[0]}, and no log; choose another folder')
+    with FileLock(folder / 'config.lock'):
+        if not file.exists():
+            write_json(file, config)
+    (folder / 'runs').mkdir(exist_ok=True)
+    (folder / 'locks').mkdir(exist_ok=True)
+    try:
+        difference = first_difference(json.loads(file.read_text()), config)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f'{file}: is damaged, or not written by lab') from error
+    if difference:
+        raise UserError(f'--out {folder}: {difference}; choose another folder')
+
+
+#### Records #######################################################################################
+
+RECORD_KEYS = {'seed', 'tta_val_acc', 'seconds'}  # what the summary needs
+
+
+def run_file(folder, run):
+    return folder / 'runs' / f'{run:05}.json'
+
+
+def read_records(folder, seed):
+    """{run: record} of the finished runs. `seed` is that of run 0.
+
+    A file that is not the whole record of its run is renamed, with a message, and so its run will
+    be made again.
+    """
+    records = {}
+    for file in sorted((folder / 'runs').glob('*.json')):
+        try:
+            record = json.loads(file.read_text())
+            run = record['seed'] - seed
+            is_whole = file == run_file(folder, run) and RECORD_KEYS <= record.keys()
+        except FileNotFoundError:  # another process just renamed it
+            continue
+        except (ValueError, KeyError, TypeError):
+            is_whole = False
+        if is_whole:
+            records[run] = record
+            continue
+        print(f'{file}: not a whole record of this log; now {file.stem}.damaged', flush=True)
+        with suppress(FileNotFoundError):
+            file.rename(file.with_suffix('.damaged'))
+    return records
+
+
+def count_missing(records, wanted):
+    return wanted - sum(run < wanted for run in records)
+
+
+#### Sharing runs ##################################################################################
+
+
+def make_runs(folder, wanted, make_run):
+    """Call make_run(run) for each run that is missing and that no other process is making."""
+    has_made_one = True
+    while has_made_one:  # again, because another process may have been killed in the meantime
+        has_made_one = False
+        for run in range(wanted):
+            if run_file(folder, run).exists():
+                continue
+            try:
+                with FileLock(folder / 'locks' / f'{run:05}.lock', timeout=0):
+                    if not run_file(folder, run).exists():
+                        make_run(run)
+                        has_made_one = True
+            except Timeout:
+                continue
+
+
+@contextmanager
+def only_call(folder):
+    """Keep other commands out of a log folder. Raises UserError if one is at work there."""
+    try:
+        with FileLock(folder / 'call.lock', timeout=0):
+            yield
+    except Timeout as error:
+        raise UserError(f'--out {folder}: another command is at work there') from error
