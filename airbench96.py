@@ -574,16 +574,6 @@ def lookahead_decay(step, total_steps, settings):
     return settings['decay'] * (step / total_steps) ** settings['power']
 
 
-def by_dtype(tensors):
-    """One list of tensors per dtype. torch._foreach is slow on mixed lists, and torch 2.9 and 2.10
-    copy them wrongly.
-    """
-    lists = {}
-    for tensor in tensors:
-        lists.setdefault(tensor.dtype, []).append(tensor)
-    return list(lists.values())
-
-
 def lookahead(averages, weights, decay):
     """averages <- lerp(averages, weights, 1 - decay); then copy averages into weights.
 
@@ -631,12 +621,6 @@ def forward(net, inputs):
     return net(inputs)
 
 
-def progress(items, what, total=None):
-    """`items` with a progress bar, in a terminal, and only for the first of several processes."""
-    hidden = True if os.environ.get('RANK', '0') != '0' else None  # None: unless in a terminal
-    return tqdm(items, what, total, leave=False, disable=hidden)
-
-
 def infer(net, loader, tta_level=0, forward=forward):
     """Logits (N, num_classes) for the loader's images in order, with test-time augmentation only.
 
@@ -661,13 +645,6 @@ def evaluate(net, loader, tta_level=0, forward=forward):
 
 
 #### Training ######################################################################################
-
-
-def clock(device):
-    """Seconds on the wall clock, once `device` has finished its work."""
-    if device.type != 'cpu':
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
 
 
 def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=compute_loss):
@@ -790,37 +767,50 @@ def train(
 def fast_path(train_loader, hyp):
     """What --compile adds: faster functions for `train`, compiled by torch (section 3.7).
 
-    All runs share the network for which they were compiled. On an NVIDIA GPU, Triton kernels
-    augment the images and average the weights. Needs the folder kernels/.
+    All runs share the network for which they were compiled. On an NVIDIA GPU, a Triton kernel
+    augments the images. Needs the folder kernels/ next to this script.
     """
-    from kernels import compiled, faster_augment, lookahead
+    try:
+        from kernels import compiled, faster_augment
+    except ImportError as error:
+        raise ImportError(f'--compile needs kernels/ next to this script ({error})') from error
 
     device = train_loader.device
     net = make_net(hyp, train_loader.num_classes, device=device, dtype=train_loader.dtype)
-    faster = {
+    if device.type == 'cuda':
+        train_loader.augment = faster_augment(train_loader)
+    return {
         'net': net,
         'fused': True,
         'forward': compiled(forward, device),
         'compute_loss': compiled(compute_loss, device),
     }
-    if device.type == 'cuda':
-        train_loader.augment = faster_augment(train_loader)
-        faster['lookahead'] = lookahead
-    return faster
 
 
-#### Main ##########################################################################################
-
-COLUMNS = ('run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'seconds')
+#### Helpers #######################################################################################
 
 
-def print_row(row):
-    cells = []
-    for name in COLUMNS:
-        value = row.get(name)
-        text = f'{value:.4f}' if isinstance(value, float) else str('' if value is None else value)
-        cells.append(text.rjust(max(9, len(name))))
-    print(f'| {" | ".join(cells)} |', flush=True)
+def clock(device):
+    """Seconds on the wall clock, once `device` has finished its work."""
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def progress(items, what, total=None):
+    """`items` with a progress bar, in a terminal, and only for the first of several processes."""
+    hidden = True if os.environ.get('RANK', '0') != '0' else None  # None: unless in a terminal
+    return tqdm(items, what, total, leave=False, disable=hidden)
+
+
+def by_dtype(tensors):
+    """One list of tensors per dtype. torch._foreach is slow on mixed lists, and torch 2.9 and 2.10
+    copy them wrongly.
+    """
+    lists = {}
+    for tensor in tensors:
+        lists.setdefault(tensor.dtype, []).append(tensor)
+    return list(lists.values())
 
 
 def keep_freed_memory():
@@ -832,15 +822,6 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take all memory from the heap,
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which shrinks by no less than 2 GiB
-
-
-def pick_device():
-    """The best available device, and its dtype: fp16 on an NVIDIA or AMD GPU, otherwise fp32."""
-    if torch.cuda.is_available():
-        return torch.device('cuda'), torch.float16
-    if torch.backends.mps.is_available():
-        return torch.device('mps'), torch.float32
-    return torch.device('cpu'), torch.float32
 
 
 def describe(device):
@@ -864,24 +845,53 @@ def load_sets(data):
     return 'digits', digits_hyp(), *[load_digits(train) for train in (True, False)]
 
 
-def make_loaders(train_set, test_set, hyp, **options):
-    """(train_loader, test_loader). A set is (images, labels); options are CifarLoader's."""
-    batch_size = hyp['opt']['batch_size']
-    train_loader = CifarLoader(*train_set, batch_size, hyp['aug'], train=True, **options)
-    return train_loader, CifarLoader(*test_set, **options)
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--runs', type=int, help='how many (default: 25 on a GPU, 1 on a CPU)')
+    parser.add_argument('--seed', type=int, default=0, help='of run 0; run i has SEED + i')
+    parser.add_argument('--data', help="folder with CIFAR-10 (default: cifar10), or 'digits'")
+    parser.add_argument('--compile', action='store_true', help='pays off for many runs on a GPU')
+    args = parser.parse_args()
+    if args.seed < 0 or (args.runs is not None and args.runs < 1):
+        parser.error('--runs must be at least 1, and --seed at least 0')
+    return args
 
 
-def warm_up(train_loader, test_loader, hyp, faster):
-    """Train briefly on random labels, which compiles and loads everything that a run needs."""
-    few = copy.copy(train_loader)
-    few.images = few.images[: 3 * few.batch_size]
-    few.labels = torch.randint_like(few.labels[: 3 * few.batch_size], few.num_classes)
-    short = {'train_epochs': 2, 'whiten_bias_epochs': 1, 'lr': 0.01 * hyp['opt']['lr']}
-    train(few, test_loader, hyp | {'opt': hyp['opt'] | short}, **faster)
+COLUMNS = ('run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'seconds')
+
+
+def print_row(row):
+    cells = []
+    for name in COLUMNS:
+        value = row.get(name)
+        text = f'{value:.4f}' if isinstance(value, float) else str('' if value is None else value)
+        cells.append(text.rjust(max(10, len(name))))
+    print(f'| {" | ".join(cells)} |\n', end='', flush=True)  # one write: ranks share a screen
+
+
+def new_log(args, data, hyp, device, dtype):
+    """(file, log) for a call. The log says how to repeat it; its list of runs is still empty."""
+    script = Path(__file__)
+    moment = time.strftime('%Y%m%d-%H%M%S')
+    log = {
+        'script': script.name,
+        'argv': sys.argv,
+        'hyp': hyp,
+        'seed': args.seed,
+        'data': {'path': data, 'is_cifar10': data != 'digits'},
+        'device': describe(device),
+        'dtype': str(dtype).removeprefix('torch.'),
+        'mode': 'compiled' if args.compile else 'eager',
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'source': script.read_text(),
+        'runs': [],
+    }
+    return Path('logs', f'{script.stem}-{moment}-{os.getpid()}.json'), log
 
 
 def write_log(file, log):
-    """Write the log again, with the runs so far. If that fails we say so, and go on."""
+    """Write the log, whole or not at all. If that fails we say so, and go on."""
     temporary = file.with_suffix('.tmp')
     try:
         file.parent.mkdir(exist_ok=True)
@@ -904,14 +914,36 @@ def summarize(records):
     return f'n={len(finished)}, {failed} failed: {mean}, {seconds:.2f} seconds a run'
 
 
+#### Main ##########################################################################################
+
+
+def pick_device():
+    """The best available device, and its dtype: fp16 on an NVIDIA or AMD GPU, otherwise fp32."""
+    if torch.cuda.is_available():
+        return torch.device('cuda'), torch.float16
+    if torch.backends.mps.is_available():
+        return torch.device('mps'), torch.float32
+    return torch.device('cpu'), torch.float32
+
+
+def make_loaders(train_set, test_set, hyp, **options):
+    """(train_loader, test_loader). A set is (images, labels); options are CifarLoader's."""
+    batch_size = hyp['opt']['batch_size']
+    train_loader = CifarLoader(*train_set, batch_size, hyp['aug'], train=True, **options)
+    return train_loader, CifarLoader(*test_set, **options)
+
+
+def warm_up(train_loader, test_loader, hyp, faster):
+    """Train briefly on random labels, which compiles and loads everything that a run needs."""
+    few = copy.copy(train_loader)
+    few.images = few.images[: 3 * few.batch_size]
+    few.labels = torch.randint_like(few.labels[: 3 * few.batch_size], few.num_classes)
+    short = {'train_epochs': 2, 'whiten_bias_epochs': 1, 'lr': 0.01 * hyp['opt']['lr']}
+    train(few, test_loader, hyp | {'opt': hyp['opt'] | short}, **faster)
+
+
 def main():
-    name = Path(__file__).name
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--runs', type=int, help='how many (default: 25 on a GPU, 1 on a CPU)')
-    parser.add_argument('--seed', type=int, default=0, help='of run 0; run i has SEED + i')
-    parser.add_argument('--data', help="folder with CIFAR-10 (default: cifar10), or 'digits'")
-    parser.add_argument('--compile', action='store_true', help='pays off for many runs on a GPU')
-    args = parser.parse_args()
+    args = parse_args()
     device, dtype = pick_device()
     runs = args.runs or (1 if device.type == 'cpu' else 25)
     keep_freed_memory()
@@ -921,28 +953,14 @@ def main():
         train_loader, test_loader = make_loaders(*sets, hyp, device=device, dtype=dtype)
         faster = fast_path(train_loader, hyp) if args.compile else {}
     except (ImportError, OSError) as error:
-        sys.exit(f'{name}: {error}')
+        sys.exit(f'{Path(__file__).name}: {error}')
     is_slow = device.type == 'cpu' and data != 'digits'
     if is_slow:
         print(f'There is no GPU, so this takes a while. {FASTER_ON_A_CPU}', flush=True)
     if device.type != 'cpu' or args.compile:
         warm_up(train_loader, test_loader, hyp, faster)
 
-    log = {
-        'script': name,
-        'argv': sys.argv,
-        'hyp': hyp,
-        'seed': args.seed,
-        'data': {'path': data, 'is_cifar10': data != 'digits'},
-        'device': describe(device),
-        'dtype': str(dtype).removeprefix('torch.'),
-        'mode': 'compiled' if args.compile else 'eager',
-        'python': platform.python_version(),
-        'torch': torch.__version__,
-        'source': Path(__file__).read_text(),
-        'runs': [],
-    }
-    file = Path('logs', f'{Path(name).stem}-{time.strftime("%Y%m%d-%H%M%S")}-{os.getpid()}.json')
+    file, log = new_log(args, data, hyp, device, dtype)
     print_row({name: name for name in COLUMNS})
     for run in range(runs):
 

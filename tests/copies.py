@@ -1,64 +1,75 @@
-"""The scripts repeat each other on purpose. What is meant to be the same in them is kept so here.
+"""The recipes repeat each other on purpose. This keeps what they share the same.
 
-    python tests/copies.py      # copies the originals' shared sections over those of the others
+    python tests/copies.py      # copies the originals' shared sections over the other recipes'
 
-A section begins with its banner, `#### Name ####...`, and ends before the next one; what is above
-the first banner is the Header. test_copies.py fails when a shared section differs, and when a
-section is not declared here.
+A section starts with its banner, `#### Name ####...`, and ends before the next one. What comes
+before the first banner is the Header. test_copies.py fails if a shared section differs from its
+original, or if a section is not declared here.
 """
 
 import argparse
+import os
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ORIGINAL = 'airbench94.py'
-RECORD = 'records/94.py'  # an original too, of what is its own
-RECIPE = [
-    'Header', 'Imports', 'Hyperparameters', 'Augmentation and loader', 'Network', 'Whitening',
-    'Optimizer', 'Lookahead', 'Loss and evaluation',
+RECORD = 'records/record94.py'  # the original of what only it and swap94.py share
+AIRBENCH = [
+    'Header', 'Imports', 'Hyperparameters', 'Data', 'Augmentation and loader', 'Network',
+    'Whitening', 'Optimizer', 'Lookahead', 'Loss and evaluation', 'Training', 'Fast path',
+    'Helpers', 'Main',
 ]  # fmt: skip
-TOOLING = [
-    'Helpers', 'Fast path', 'Kernels', 'Data', 'Log', 'Saved networks', 'Command line', 'Main',
+IN_RECORD = [
+    'Header', 'Imports', 'Hyperparameters', 'Data', 'Augmentation and loader', 'Network',
+    'Whitening', 'Optimizer', 'Moving average', 'Loss and evaluation', 'Uncertain images',
+    'Growth and selection', 'Training', 'Fast path', 'Helpers', 'Main',
 ]  # fmt: skip
-AIRBENCH = [*RECIPE, 'Training', *TOOLING]
-BY_MUON = [name for name in RECIPE if name != 'Lookahead']
-IN_RECORD = [*BY_MUON, 'Doubtful images', 'Growth and selection', 'Training', *TOOLING]
-SWAP = ['Teams', 'Training', 'Checkpoints', 'Averaging', 'SWAP']
-IN_SWAP = [*BY_MUON, 'Growth and selection', *SWAP, *TOOLING]
-OWN = {'Header', 'Hyperparameters'}
-OF_RECORD = {'Network', 'Optimizer', 'Growth and selection'}
+IN_SWAP = [
+    'Header', 'Imports', 'Hyperparameters', 'Data', 'Augmentation and loader', 'Network',
+    'Whitening', 'Optimizer', 'Moving average', 'Loss and evaluation', 'Growth and selection',
+    'Ranks', 'Training', 'Averaging', 'SWAP', 'Fast path', 'Helpers', 'Main',
+]  # fmt: skip
+OWN = ['Header', 'Hyperparameters']
+OWN_OF_RECORD = [
+    *OWN, 'Network', 'Optimizer', 'Moving average', 'Uncertain images', 'Growth and selection',
+    'Training', 'Fast path',
+]  # fmt: skip
+OWN_OF_SWAP = [
+    *OWN, 'Imports', 'Network', 'Ranks', 'Training', 'Averaging', 'SWAP', 'Fast path', 'Main',
+]  # fmt: skip
 
 
 def origins(order, own, of_record=()):
-    """{section: the script that it is copied from, or None for the copy's own}, in order."""
-    found = dict.fromkeys(order, ORIGINAL)
-    found |= dict.fromkeys(of_record, RECORD)
-    found |= dict.fromkeys(own)
-    return found
+    """{section: the recipe that it is copied from, or None if it is the copy's own}, in order."""
+    declared = dict.fromkeys(order, ORIGINAL)
+    return declared | dict.fromkeys(of_record, RECORD) | dict.fromkeys(own)
 
 
-COPIES = {
+COPIES = {  # the record comes before the recipe that copies from it
     'airbench95.py': origins(AIRBENCH, OWN),
     'airbench96.py': origins(AIRBENCH, OWN),
-    RECORD: origins(IN_RECORD, OWN | OF_RECORD | {'Doubtful images', 'Training', 'Kernels'}),
-    'swap94.py': origins(IN_SWAP, OWN | {'Imports', 'Kernels', 'Main', *SWAP}, OF_RECORD),
+    RECORD: origins(IN_RECORD, OWN_OF_RECORD),
+    'swap94.py': origins(
+        IN_SWAP, OWN_OF_SWAP, ['Optimizer', 'Moving average', 'Growth and selection']
+    ),
 }
 
 
-def originals():
-    """{name: sections} of the scripts that others copy from."""
-    return {name: sections((ROOT / name).read_text()) for name in (ORIGINAL, RECORD)}
-
-
 def sections(source):
-    """{name: text with its banner} of a script, in order."""
+    """{name: text with its banner} of a recipe, in order."""
     header, *rest = re.split(r'^(?=#### )', source, flags=re.MULTILINE)
     return {'Header': header} | {re.match(r'#### (.*?) #*\n', text)[1]: text for text in rest}
 
 
+def originals():
+    """{name: sections} of the recipes that others copy from."""
+    return {name: sections((ROOT / name).read_text()) for name in (ORIGINAL, RECORD)}
+
+
 def faults(source, declared, originals):
-    """What is wrong with a copy, as a list of lines. declared: as `origins` makes it."""
+    """What is wrong with a copy, as a list of lines. `declared` is one of COPIES."""
     copy = sections(source)
     lines = [f'{name} is declared neither shared nor own' for name in copy if name not in declared]
     lines += [f'{name} is missing' for name in declared if name not in copy]
@@ -66,12 +77,15 @@ def faults(source, declared, originals):
         if origin and name in copy and copy[name] != originals[origin][name]:
             lines.append(f'{name} differs from {origin}')
     if not lines and list(copy) != list(declared):
-        lines.append('the order of the sections is another')
+        lines.append('the sections are in another order')
     return lines
 
 
 def repaired(source, declared, originals):
-    """The copy's source, with all sections but its own taken from where they are declared."""
+    """The copy's source, with its shared sections copied anew from their originals.
+
+    Raises KeyError if one of its own sections is missing.
+    """
     copy = sections(source)
     parts = [originals[origin][name] if origin else copy[name] for name, origin in declared.items()]
     return ''.join(parts)
@@ -79,13 +93,27 @@ def repaired(source, declared, originals):
 
 def main():
     argparse.ArgumentParser(
-        description="Copy the originals' shared sections over the other scripts'."
+        description="Copy the originals' shared sections over the other recipes'."
     ).parse_args()
-    for name, declared in COPIES.items():  # the record before those that copy from it
-        copy = (ROOT / name).read_text()
-        sources = originals()
-        print(f'{name}:', '; '.join(faults(copy, declared, sources)) or 'was up to date')
-        (ROOT / name).write_text(repaired(copy, declared, sources))
+    is_whole = True
+    for name, declared in COPIES.items():
+        file = ROOT / name
+        source = file.read_text()
+        found = faults(source, declared, originals())
+        lost = [section for section in sections(source) if section not in declared]
+        lost += [s for s, origin in declared.items() if not origin and s not in sections(source)]
+        if lost:
+            is_whole = False
+            print(f'{name}: NOT repaired, since {"; ".join(found)}')
+            continue
+        if found:
+            temporary = file.with_suffix('.tmp')
+            temporary.write_text(repaired(source, declared, originals()))
+            temporary.chmod(file.stat().st_mode)
+            os.replace(temporary, file)
+        print(f'{name}: {"repaired: " + "; ".join(found) if found else "was up to date"}')
+    if not is_whole:
+        sys.exit('A section that this tool does not know was added, or an own one is missing.')
 
 
 if __name__ == '__main__':
