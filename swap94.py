@@ -1116,8 +1116,10 @@ def measure(net, loaders, losses, hyp, phase, ranks, tta_level=0, forward=forwar
 
 def load_result(path, ranks, device):
     """What `fit` returned before the run was killed, or None unless all ranks can read it."""
+    if path is None:
+        return None
     result = None
-    if path and path.exists():
+    if path.exists():
         try:
             result = torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # there are many ways to be damaged

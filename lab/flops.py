@@ -77,13 +77,104 @@ def flop_of_growing(recipe, hyp, n_train, num_classes, views):
     return flop
 
 
+#### swap94 ########################################################################################
+
+
+def flop_of_steps(recipe, settings, images, num_classes, ranks=1):
+    """A list with the operations of each step of a phase, on one of the ranks that share it.
+
+    Each rank has its part of the batch, but runs the whole step of the optimizer.
+
+    Args:
+        settings: from swap94.phase_settings.
+        images: how many the training set has.
+    """
+    part = settings['opt']['batch_size'] // ranks
+    sizes = image_sizes(recipe, settings, images)
+    of_size = {
+        size: flop_per_step(recipe, settings, num_classes, size, part) for size in set(sizes)
+    }
+    return [of_size[size] for size in sizes]
+
+
+def evaluated_images(hyp, images, tests, ranks=1):
+    """How many images phase 3 sees on the rank that sees most, where each view counts.
+
+    images: how many training images the last phase served in its last epoch.
+    """
+    statistics = hyp['statistics']
+    images = min(statistics['images'], images)
+    size = min(statistics['batch_size'], images)
+    batches = math.ceil(images // size / ranks)
+    return batches * size + math.ceil(tests / ranks) * views_per_image(hyp)
+
+
+def phase_cost(recipe, hyp, phase, fits, images, num_classes, ranks):
+    """What a phase costs in which `ranks` ranks together train each network of `fits`.
+
+    fits: records of swap94.fit. Returns the same dict as swap_costs for one phase.
+    """
+    settings = recipe.phase_settings(hyp, phase)
+    steps = max(fit['steps'] for fit in fits)
+    epochs = max(len(fit['epochs']) + ('failed' in fit) for fit in fits)
+    of_rank = sum(flop_of_steps(recipe, settings, images, num_classes, ranks)[:steps])
+    alone = flop_of_steps(recipe, settings, images, num_classes)
+    of_all = sum(sum(alone[: fit['steps']]) for fit in fits)
+    cost = {'pflop': 1e-15 * of_rank, 'pflop_of_all': 1e-15 * of_all}
+    if ranks == 1:
+        return cost | {'all_reduces': 0, 'megabytes': 0.0}
+    net = recipe.make_net(hyp, num_classes, **ON_META)
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    grown = image_sizes(recipe, settings, images)[:steps].count(32)
+    numbers = steps * trained - grown * net[0].bias.numel()  # frozen for full-size images
+    numbers += epochs * (2 + images)  # at the end of an epoch, the losses
+    return cost | {'all_reduces': steps + epochs, 'megabytes': 4e-6 * numbers}
+
+
+def swap_costs(recipe, hyp, images, tests, num_classes, record):
+    """What the phases of a run cost, by phase.
+
+    Returns:
+        {'phase1': {'pflop', 'pflop_of_all', 'all_reduces', 'megabytes'}, 'phase2', 'phase3'}: pflop
+        on the slowest of as many ranks as phase 1 has shards and a worker has ranks_per_worker, and
+        on all ranks; how many all-reduces there are, and how much a rank sends with them, in fp32.
+        Validation is not counted. A phase that did not run is left out.
+    """
+    ranks = hyp['phase1']['shards']
+    known = (images, num_classes)
+    costs = {'phase1': phase_cost(recipe, hyp, 'phase1', [record['phase1']], *known, ranks)}
+    if record['workers']:
+        per_worker = hyp['phase2']['ranks_per_worker']
+        costs['phase2'] = phase_cost(recipe, hyp, 'phase2', record['workers'], *known, per_worker)
+    if 'failed' in record:
+        return costs
+    last_phase = 'phase2' if record['workers'] else 'phase1'
+    served, _ = recipe.plan_epochs(images, recipe.phase_settings(hyp, last_phase))[-1]
+    _, of_view = flop_per_image(recipe, hyp, num_classes)
+    of_rank, of_all = [evaluated_images(hyp, served, tests, size) for size in (ranks, 1)]
+    net = recipe.make_net(hyp, num_classes, **ON_META)
+    numbers = sum(value.numel() for name, value in net.named_buffers() if 'running' in name) + 2
+    all_reduces = 2  # the statistics, and the number of correct predictions
+    if record['workers']:
+        all_reduces += 1
+        numbers += sum(p.numel() for p in net.parameters()) + 1
+    costs['phase3'] = {
+        'pflop': 1e-15 * of_rank * of_view,
+        'pflop_of_all': 1e-15 * of_all * of_view,
+        'all_reduces': all_reduces,
+        'megabytes': 4e-6 * numbers,
+    }
+    return costs
+
+
 #### Any recipe ####################################################################################
 
 
 def count_flop(recipe, hyp, n_train, n_test, num_classes, record):
     """Operations of a run whose recipe we know, and None for others."""
     if 'phase1' in hyp:
-        return None
+        costs = swap_costs(recipe, hyp, n_train, n_test, num_classes, record)
+        return 1e15 * sum(cost['pflop_of_all'] for cost in costs.values())
     if hasattr(recipe, 'plan_epochs'):
         return flop_of_growing(recipe, hyp, n_train, num_classes, record.get('views', 0))
     return flop_of_airbench(recipe, hyp, n_train, n_test, num_classes)
