@@ -1,10 +1,10 @@
-"""Times and counts the kernels, plain torch and the published methods side by side.
+"""Time and count the kernels, plain torch and the published methods side by side.
 
     python -m kernels.bench                 # both benchmarks, from the repository's root
     python -m kernels.bench flip_crop       # or weight_average
 
-On a GPU if there is one. Without one the kernels are left out, since their interpreter's time says
-nothing about them. A time is from a call until the device has finished its work.
+It runs on a GPU if there is one. Without one it leaves the kernels out, since the interpreter's
+time says nothing about them. A time is from a call until the device has finished its work.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def pick_device():
 
 
 def describe(device):
-    """The hardware and torch's version, for the head of a table."""
+    """The hardware and torch's version, for a table's heading."""
     hardware = f'{torch.get_num_threads()} CPU threads'
     if device.type == 'cuda':
         hardware = torch.cuda.get_device_name(device)
@@ -50,8 +50,8 @@ def compare(title, methods, moved, rounds, device):
     Args:
         title: what a call does.
         methods: {name: function without arguments}.
-        moved: the bytes that a call must read and write at least; a copy of as many is timed too.
-        rounds: how often each is called; the first call may compile and stands by itself.
+        moved: how many bytes a call must at least read and write; we also time a copy of as many.
+        rounds: how often we call each; the first call may compile, and is listed by itself.
     """
     source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -78,7 +78,7 @@ def compare(title, methods, moved, rounds, device):
 
 
 def count_bytes(tensor):
-    """The tensor's bytes in memory: a dimension that was expanded takes no more of them."""
+    """The tensor's bytes in memory, where an expanded dimension takes no more of them."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride()):
         if size == 0 or stride != 0:
@@ -89,7 +89,7 @@ def count_bytes(tensor):
 class Traffic(TorchDispatchMode):
     """Counts the operators that compute, and the bytes that they read and write on a GPU.
 
-    There an operator is one launch at least.
+    An operator takes at least one launch there.
     """
 
     def __init__(self):
@@ -104,9 +104,9 @@ class Traffic(TorchDispatchMode):
             return result
         read = [value for value in tree_leaves(args) if isinstance(value, torch.Tensor)]
         written = result
-        if name in ('index', 'index_select', 'gather'):  # reads only the chosen part of its first
+        if name in ('index', 'index_select', 'gather'):  # reads only a part of its first
             read[0] = result
-        elif name == 'index_put_':  # writes as much as its last has, and reads no target
+        elif name == 'index_put_':  # writes as much as its last, and reads no target
             written = read[-1]
             read = read[1:]
         elif name.endswith('_'):
@@ -118,7 +118,7 @@ class Traffic(TorchDispatchMode):
         return result
 
     def write_out(self, indices):
-        """Count that CUDA gives the index tensors of an operator one shape, in memory."""
+        """Count what CUDA writes to give an operator's index tensors one shape in memory."""
         whole = []
         for index in torch.broadcast_tensors(*indices):
             if not index.is_contiguous():
@@ -141,9 +141,9 @@ DRAWS_BYTES = 8 + 1 + 2 * 8  # an image's index, flip and shift
 
 
 class PublishedLoader:
-    """The published method (Jordan 2024, listing 4), written anew. Calling it serves an epoch.
+    """The published method (Jordan 2024, listing 4), rewritten. A call serves an epoch.
 
-    It keeps the set in half precision, pads it, copies it by a mask for each of 25 shifts, flips
+    It keeps the set in half precision, pads it, copies it with a mask for each of 25 shifts, flips
     it, and gathers every batch.
     """
 
@@ -179,7 +179,7 @@ class PublishedLoader:
 
 
 def serve_epoch(function, images, mean, scale, dtype):
-    """Serve an epoch by `function`: flip_crop, or another with its arguments."""
+    """Serve an epoch with `function`: flip_crop, or another with the same arguments."""
     n = len(images)
     device = images.device
     order = torch.randperm(n, device=device)
@@ -192,11 +192,11 @@ def serve_epoch(function, images, mean, scale, dtype):
 
 
 def draw_only(images, index, flip, shift, *, mean, scale, dtype):
-    """Take flip_crop's place, to count what is around it."""
+    """Stands in for flip_crop, to count only what happens around it."""
 
 
 def count_traffic(images, mean, scale):
-    """Print what an epoch launches and moves in half precision, in the mean of EPOCHS epochs."""
+    """Print what an epoch in half precision launches and moves: the mean of EPOCHS epochs."""
     options = (images, mean, scale, torch.float16)
     methods = {
         'published': PublishedLoader(*options),
@@ -256,14 +256,14 @@ def airbench94_tensors(device):
 
 
 def lookahead_loop(averages, weights, decay):
-    """The published method: a tensor after another."""
+    """The published method: one tensor after another."""
     for average, weight in zip(averages, weights):
         average.lerp_(weight, 1 - decay)
         weight.copy_(average)
 
 
 def mean_loop(averages, networks):
-    """The usual method: a tensor after another."""
+    """The usual method: one tensor after another."""
     for average, *weights in zip(averages, *networks):
         average.copy_(torch.stack(weights).mean(0))
 
@@ -292,7 +292,9 @@ def benchmark_weight_average(device):
 def main(argv=None):
     benchmarks = {'flip_crop': benchmark_flip_crop, 'weight_average': benchmark_weight_average}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('names', nargs='*', metavar='name', help=f'of {", ".join(benchmarks)}')
+    parser.add_argument(
+        'names', nargs='*', metavar='name', help=f'{" or ".join(benchmarks)}; default: both'
+    )
     names = parser.parse_args(argv).names or list(benchmarks)
     for name in names:
         if name not in benchmarks:

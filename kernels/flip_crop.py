@@ -2,20 +2,20 @@
 
     batch = flip_crop(images, index, flip, shift, mean=mean, scale=scale, dtype=torch.float16)
 
-Why: plain torch, flip_crop_ref below, needs 19 launches a batch, and moves 62,500 bytes an image
-in half precision, since one launch hands the batch to the next through memory. The kernel reads
-an image's 3,072 bytes (32 x 32 x 3) and 25 bytes of draws, writes 6,144 bytes, and that is all.
+Why: plain torch, flip_crop_ref below, needs 19 launches per batch and moves 62,500 bytes per image
+in half precision, because each launch passes the batch to the next one through memory. The kernel
+only reads the 3,072 bytes (32 x 32 x 3) and the 25 bytes of draws of an image, and writes 6,144.
 
-How: a program is one warp and makes one image. It walks down the image in tiles of 8 rows and 128
-columns, of which an image fills 96. A column is one channel of one pixel, so that its place in the
-source, its mean and its scale are computed once for all rows. A thread owns eight neighbouring
-outputs and stores them 16 bytes at a time. A flat block of pixels would compute the columns anew
-for each row. README.md beside this file has registers and instructions.
+How: one program is one warp and makes one image. It walks down the image in tiles of 8 rows and
+128 columns; an image fills 96 of them. A column is one channel of one pixel, so we compute its
+place in the source, its mean and its scale once for all rows. A flat block of pixels would compute
+them again in each row. A thread owns eight neighbouring outputs and stores them 16 bytes at a time.
+The README.md in this folder has registers and instructions.
 
 A bound, not a measurement: the bytes of a batch of 1024 take 6.3 microseconds at 1.5 TB/s. On an
-H200, an epoch of 48 batches takes 2.2 milliseconds, its draws included.
+H200, an epoch of 48 batches takes 2.2 milliseconds, including its draws.
 """
-# ruff: noqa: N803 - the constants of a kernel are in capitals, as in Triton's own tutorials
+# ruff: noqa: N803 - a kernel's constants are in capitals, as in Triton's own tutorials
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ try:
 except ImportError:  # flip_crop_ref works without it
     triton = None
 
-ROWS = 8  # of a tile
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of a batch
+ROWS = 8  # in a tile
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that a batch can have
 
 
 #### Plain torch ###################################################################################
@@ -47,8 +47,8 @@ def flip_crop_ref(images, index, flip, shift, corner=None, size=0, *, mean, scal
     x = torch.arange(width, device=images.device)
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
-    # One index of all pixels: index_select copies a pixel at once. Of several index tensors CUDA
-    # would write out each, and a CPU, as for gather, takes twice as long.
+    # One index for all pixels: index_select copies a whole pixel at once. With several index
+    # tensors, CUDA would write out each of them, and a CPU would take twice as long.
     places = (index[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
     pixels = images.flatten(0, 2).index_select(0, places.flatten()).view(*places.shape, channels)
     batch = torch.empty(pixels.shape, dtype=dtype, device=images.device)
@@ -64,7 +64,7 @@ def flip_crop_ref(images, index, flip, shift, corner=None, size=0, *, mean, scal
 
 
 def jit(function):
-    """triton.jit; without Triton the function itself, which nothing calls then."""
+    """triton.jit, or without Triton the function itself, which nothing calls then."""
     return triton.jit(function) if triton else function
 
 
@@ -130,7 +130,7 @@ def _flip_crop_kernel(
 
 
 def runs_on(device):
-    """Whether the kernel runs there: on a GPU, or on the CPU by Triton's interpreter."""
+    """Whether the kernel runs on `device`: a GPU, or the CPU with Triton's interpreter."""
     if triton is None:
         return False
     is_compiled = isinstance(_flip_crop_kernel, triton.JITFunction)
@@ -138,7 +138,7 @@ def runs_on(device):
 
 
 def check_tensor(name, tensor, dtype, shape, device):
-    """Raise ValueError unless the tensor is what the kernel takes it for."""
+    """Raise ValueError unless the tensor is what the kernel expects."""
     found = None
     if tensor is not None:
         found = (tensor.dtype, tuple(tensor.shape), tensor.device)
@@ -149,30 +149,30 @@ def check_tensor(name, tensor, dtype, shape, device):
 
 
 def flip_crop(images, index, flip, shift, corner=None, size=0, *, mean, scale, dtype):
-    """Gather a normalized, augmented batch out of the whole set, as the scripts' `augment` does.
+    """Take a batch out of the training set: shifted, mirrored, normalized, as `augment` does.
 
     Output (y, x) is the pixel (reflect(y + dy), reflect(x' + dx)) of its image, where x' is
-    W - 1 - x if the image is mirrored, and x if not. It is (pixel - mean) * scale, computed in
-    float32 as torch computes it, and rounded to `dtype` once.
+    W - 1 - x if the image is mirrored, and x otherwise. Its value is (pixel - mean) * scale,
+    computed in float32 as torch does, and rounded to `dtype` once.
 
     Args:
-        images: the set, uint8 (N, H, W, C).
-        index: int64 (B,), the places in the set of the batch's B images.
-        flip: bool (B,), whether each is mirrored.
-        shift: int64 (B, 2), each one's (dy, dx) in pixels, smaller than the image.
-        corner: int64 (B, 2), the first (y, x) of each one's blank square.
-        size: the side of that square, in pixels; 0 for none.
-        mean, scale: float32 (C,), in units of a pixel from 0 to 255; scale is 1 / deviation.
+        images: the whole set, uint8 (N, H, W, C).
+        index: int64 (B,), which images are in the batch.
+        flip: bool (B,), which of them are mirrored.
+        shift: int64 (B, 2), (dy, dx) for each, in pixels, smaller than the image.
+        corner: int64 (B, 2), the top left (y, x) of each one's blank square.
+        size: the side of that square in pixels; 0 for no square.
+        mean, scale: float32 (C,), in units of a pixel from 0 to 255; scale is 1 / std.
         dtype: of the batch: float16, bfloat16 or float32.
 
-    All tensors are contiguous and on one device. Values of index and shift are not checked, since
-    the CPU would have to wait for the GPU.
+    All tensors must be contiguous and on one device. We do not check the values of index and shift,
+    since the CPU would have to wait for the GPU.
 
     Returns:
         (B, C, H, W) of `dtype`, channels_last.
 
     Raises ValueError, which names the argument, for another dtype, shape, device or memory layout,
-    and RuntimeError where Triton or a GPU is missing.
+    and RuntimeError without Triton or without a GPU.
     """
     device = images.device
     if not runs_on(device):
@@ -194,7 +194,7 @@ def flip_crop(images, index, flip, shift, corner=None, size=0, *, mean, scale, d
     if size > 0:
         check_tensor('corner', corner, torch.int64, (batch_size, 2), device)
     else:
-        corner = shift  # the kernel does not read it, but needs a pointer
+        corner = shift  # the kernel needs a pointer, but does not read from it
 
     batch = torch.empty(batch_size, height, width, channels, dtype=dtype, device=device)
     if batch_size == 0:

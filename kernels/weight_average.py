@@ -1,26 +1,24 @@
-"""Averages of whole networks' weights in one launch, for any number of tensors and mix of dtypes.
+"""Average the weights of whole networks in one launch: any number of tensors, dtypes mixed.
 
     lookahead(averages, weights, decay)  # averages <- lerp(averages, weights, 1 - decay), and back
-    running_mean(averages, weights, n)   # averages += (weights - averages) / (n + 1), SWA's
-    mean(averages, networks)             # averages <- the mean of the networks, SWAP's
+    mean(averages, networks)             # averages <- the mean of the networks, as in SWAP
 
 Why: airbench94's weights and running statistics are 33 tensors, 4 MB in all. The published
-Lookahead averages them one by one, in 66 launches. Here it is one launch, which reads averages and
-weights and writes both: 16 MB. The mean of W networks reads W networks and writes one; torch.stack
-and mean write W networks more, and read them again.
+Lookahead averages one tensor after another, in 66 launches. This takes one launch, which reads
+averages and weights and writes both: 16 MB. The mean of W networks reads W networks and writes one.
+torch.stack and mean also write W networks, and read them again.
 
-How: a table on the device, made once for the same tensors, has a row for each block of 4,096
-elements: the addresses of the block in all lists, how many elements it has, and their dtype. A
-program takes a row, computes in float32, and rounds once. Where all addresses are multiples of 16
-bytes and all tensors have a multiple of 8 elements, loads and stores are 16 bytes wide. One tensor
-that is otherwise makes all of them narrow. README.md beside this file has registers and
-instructions.
+How: a table on the device has a row for each block of 4,096 elements: the addresses of the block in
+all lists, how many elements it has, and their dtype. We make the table once for the same tensors. A
+program takes a row, computes in float32, and rounds once. If all addresses are multiples of 16
+bytes and all tensors have a multiple of 8 elements, loads and stores are 16 bytes wide. A single
+other tensor makes all of them narrow. The README.md in this folder has registers and instructions.
 
-A bound, not a measurement: airbench94's 16 MB take 11 microseconds at 1.5 TB/s. What a call takes
-is the CPU's time, for the checks and for finding the table: 0.20 ms on an H200, where
-torch._foreach takes 0.07 ms. Averaging eight networks takes 0.61 ms there, and 1.22 ms by torch.
+A bound, not a measurement: airbench94's 16 MB take 11 microseconds at 1.5 TB/s. Most of a call is
+CPU time, for the checks and for finding the table: 0.20 ms on an H200, where torch._foreach takes
+0.07 ms. To average eight networks takes 0.61 ms there, and 1.22 ms in plain torch.
 """
-# ruff: noqa: N803 - the constants of a kernel are in capitals, as in Triton's own tutorials
+# ruff: noqa: N803 - a kernel's constants are in capitals, as in Triton's own tutorials
 
 from __future__ import annotations
 
@@ -31,54 +29,52 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the functions called _ref work without it
+except ImportError:  # the _ref functions work without it
     triton = None
 
-KINDS = (torch.float32, torch.float16, torch.bfloat16)  # as the kernels number them
-BLOCK = 4096  # elements of a program
-# torch's lerp is a fused multiply-add, on the CPU by its source and on CUDA by nvcc's default. It
-# rounds once less, and both ends stay exact, as the product is then 0.
+KINDS = (torch.float32, torch.float16, torch.bfloat16)  # the kernels use their numbers
+BLOCK = 4096  # elements that a program averages
+# torch's lerp is a fused multiply-add too: on a CPU by its source, on CUDA by nvcc's default. It
+# rounds once less, and both ends stay exact, since the product is 0 there.
 OPTIONS = {'num_warps': 8, 'enable_fp_fusion': True}
 
 
 #### Plain torch ###################################################################################
 
 
-def by_dtype(tensors):
-    """Lists of tensors of one dtype: of a mixed list torch._foreach takes one after another."""
-    groups = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.dtype, []).append(tensor)
-    return groups.values()
+def by_dtype(*lists):
+    """Split lists of tensors into parts, such that the first list has one dtype in each part.
+
+    torch._foreach is slow on mixed lists, and torch 2.9 and 2.10 copy into them wrongly.
+    """
+    parts = {}
+    for tensors in zip(*lists):
+        parts.setdefault(tensors[0].dtype, []).append(tensors)
+    return [zip(*part) for part in parts.values()]
 
 
 def lookahead_ref(averages, weights, decay):
     """lookahead in plain torch."""
-    for some_averages, some_weights in zip(by_dtype(averages), by_dtype(weights)):
+    for some_averages, some_weights in by_dtype(averages, weights):
         torch._foreach_lerp_(some_averages, some_weights, 1 - decay)
         torch._foreach_copy_(some_weights, some_averages)
-
-
-def running_mean_ref(averages, weights, n):
-    """running_mean in plain torch."""
-    for some_averages, some_weights in zip(by_dtype(averages), by_dtype(weights)):
-        torch._foreach_lerp_(some_averages, some_weights, 1 / (n + 1))
 
 
 def mean_ref(averages, networks):
     """mean in plain torch."""
     first, *others = networks
-    total = [weight.to(torch.float32, copy=True) for weight in first]
-    for n, weights in enumerate(others, start=1):
-        running_mean_ref(total, [weight.float() for weight in weights], n)
-    torch._foreach_copy_(averages, total)
+    means = [weight.to(torch.float32, copy=True) for weight in first]
+    for n, weights in enumerate(others, start=2):
+        torch._foreach_lerp_(means, [weight.float() for weight in weights], 1 / n)
+    for some_averages, some_means in by_dtype(averages, means):
+        torch._foreach_copy_(some_averages, some_means)
 
 
 #### Kernels #######################################################################################
 
 
 def jit(function):
-    """triton.jit; without Triton the function itself, which nothing calls then."""
+    """triton.jit, or without Triton the function itself, which nothing calls then."""
     return triton.jit(function) if triton else function
 
 
@@ -169,7 +165,7 @@ def _mean_kernel(table, networks, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def runs_on(device):
-    """Whether the kernels run there: on a GPU, or on the CPU by Triton's interpreter."""
+    """Whether the kernels run on `device`: a GPU, or the CPU with Triton's interpreter."""
     if triton is None:
         return False
     is_compiled = isinstance(_lerp_kernel, triton.JITFunction)
@@ -177,7 +173,7 @@ def runs_on(device):
 
 
 def have_one_layout(a, b):
-    """Whether equal places in memory are equal places in the tensors, without gaps."""
+    """Whether both tensors are dense, with their elements in the same order in memory."""
     for layout in (torch.contiguous_format, torch.channels_last):
         if a.is_contiguous(memory_format=layout) and b.is_contiguous(memory_format=layout):
             return True
@@ -187,7 +183,7 @@ def have_one_layout(a, b):
 def check(averages, weights):
     """Raise ValueError, which names the tensor, unless the two lists match.
 
-    Raises RuntimeError where the kernels cannot run.
+    Raise RuntimeError if the kernels cannot run on their device.
     """
     if triton is None or (averages and not runs_on(averages[0].device)):
         raise RuntimeError('averaging needs Triton and a GPU, or TRITON_INTERPRET=1 at its import')
@@ -210,10 +206,10 @@ def make_table(tensors, device):
     """Cut tensors into blocks of at most BLOCK elements.
 
     Args:
-        tensors: for each, a tuple of its addresses in all lists, its elements and its kind.
+        tensors: a tuple for each: its addresses in all lists, its number of elements, its kind.
 
     Returns:
-        int64 (blocks, columns) on the device; a row has the same of a block.
+        int64 (blocks, columns) on the device; a row says the same about a block.
     """
     table = []
     for *addresses, count, kind in tensors:
@@ -221,17 +217,17 @@ def make_table(tensors, device):
             offset = first * KINDS[kind].itemsize
             block = [address + offset for address in addresses]
             table.append([*block, min(BLOCK, count - first), kind])
-    # This copy waits, once for the same tensors. A kernel writes through the addresses, and torch
-    # frees their source at once: with non_blocking=True, the driver alone would decide whether it
-    # has been read by then.
+    # We wait for this copy, once for the same tensors. A kernel writes through the addresses, and
+    # torch frees their source right away: with non_blocking=True, only the driver would decide
+    # whether it has been read by then.
     return torch.tensor(table, dtype=torch.int64, device=device)
 
 
 def launch(kernel, lists, *args, **constants):
-    """Run the kernel on every block of lists of tensors that match; it writes to the first list."""
+    """Run the kernel on every block of matching lists of tensors; it writes to the first list."""
     tensors = []
     is_aligned = True
-    for same in zip(*lists):  # the tensor at one place of all lists
+    for same in zip(*lists):  # the tensors at one place in all lists
         addresses = [tensor.data_ptr() for tensor in same]
         count = same[0].numel()
         tensors.append((*addresses, count, KINDS.index(same[0].dtype)))
@@ -245,15 +241,13 @@ def launch(kernel, lists, *args, **constants):
         kernel[(len(table),)](table, *args, **constants, ALIGNED=is_aligned, BLOCK=BLOCK, **OPTIONS)
 
 
-# Not in a CUDA graph: the table belongs to the addresses of one call.
+# Not in a CUDA graph, since a table holds the addresses of one call.
 UNSAFE = torch.Tag.cudagraph_unsafe
 
 
 @torch.library.custom_op('airbench::lerp', mutates_args=('averages', 'weights'), tags=(UNSAFE,))
-def _lerp_lists(
-    averages: list[torch.Tensor], weights: list[torch.Tensor], share: float, copy_back: bool
-) -> None:
-    launch(_lerp_kernel, [averages, weights], share, COPY_BACK=copy_back)
+def _lerp_lists(averages: list[torch.Tensor], weights: list[torch.Tensor], share: float) -> None:
+    launch(_lerp_kernel, [averages, weights], share, COPY_BACK=True)
 
 
 @torch.library.custom_op('airbench::mean', mutates_args=('averages',), tags=(UNSAFE,))
@@ -264,37 +258,24 @@ def _mean_lists(averages: list[torch.Tensor], weights: list[torch.Tensor]) -> No
 
 
 def lookahead(averages, weights, decay):
-    """Let averages keep the share `decay` of themselves and take the rest from weights.
+    """averages <- lerp(averages, weights, 1 - decay); then copy averages into weights.
 
-    Then copy them to weights. Both are lists of tensors, float32, float16 and bfloat16 mixed, and
-    are changed in place.
+    Both are lists of tensors that change in place. They may mix float32, float16 and bfloat16.
 
     Raises ValueError, which names the tensor, if they do not match in shape, dtype, device and
-    memory layout (contiguous, or channels_last), and RuntimeError where Triton or a GPU is missing.
+    memory layout (contiguous or channels_last), and RuntimeError without Triton or without a GPU.
     """
     averages = list(averages)
     weights = list(weights)
     check(averages, weights)
     if averages:
-        _lerp_lists(averages, weights, 1 - decay, True)
-
-
-def running_mean(averages, weights, n):
-    """Turn averages, the mean of n networks, into the mean of them and weights.
-
-    Lists and errors are as for lookahead; weights are not changed.
-    """
-    averages = list(averages)
-    weights = list(weights)
-    check(averages, weights)
-    if averages:
-        _lerp_lists(averages, weights, 1 / (n + 1), False)
+        _lerp_lists(averages, weights, 1 - decay)
 
 
 def mean(averages, networks):
-    """Overwrite averages with the mean of the networks, a list of lists, summed in float32.
+    """averages <- the mean of the networks, a list of lists of tensors, computed in float32.
 
-    Errors are as for lookahead, and ValueError if there is no network.
+    Raises the same errors as `lookahead`, and ValueError if there is no network.
     """
     averages = list(averages)
     networks = [list(weights) for weights in networks]
