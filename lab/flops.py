@@ -187,3 +187,13 @@ def pflop_of_run(recipe, hyp, n_train, n_test, num_classes, record):
     except Exception:  # an edited recipe may work differently, and need not work on `meta`
         return None
     return None if flop is None else 1e-15 * flop
+
+
+def costs_of_phases(recipe, hyp, n_train, n_test, num_classes, record):
+    """What each phase of a run of swap94 cost, with its seconds, or None if we cannot count it."""
+    try:
+        costs = swap_costs(recipe, hyp, n_train, n_test, num_classes, record)
+    except Exception:  # as above
+        return None
+    seconds = record['phase_seconds']
+    return {phase: {'seconds': seconds[phase]} | cost for phase, cost in costs.items()}

@@ -13,9 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from lab.errors import UserError, first_lines
+from lab.machine import is_first_process
 from lab.options import flat
 
 #### Files #########################################################################################
@@ -171,11 +173,62 @@ def make_runs(folder, wanted, make_run):
                 continue
 
 
+#### Runs that all ranks make together #############################################################
+
+
+def gather(value):
+    """A list of what each rank called this with."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def stop_together(mistake):
+    """Stop all ranks if any has a mistake: a line, or None. Rank 0 raises it as UserError."""
+    for line in gather(mistake):
+        if line is not None:
+            raise UserError(line) if is_first_process() else SystemExit(2)
+
+
+def check_configs(config):
+    """Stop all ranks unless they have the same settings and the same data."""
+    configs = gather(config)
+    for rank, other in enumerate(configs):
+        difference = first_difference(other, configs[0])
+        if difference:
+            difference = difference.replace('there', f'on rank {rank}').replace('here', 'on rank 0')
+            stop_together(f'the ranks must agree: {difference}')
+
+
 @contextmanager
-def only_call(folder):
-    """Keep other commands out of a log folder. Raises UserError if one is at work there."""
+def open_log_together(folder, config):
+    """Open the log on rank 0, and keep other commands out of it. All ranks must see the folder."""
+    check_configs(config)
+    line = None
+    lock = FileLock(folder / 'call.lock')
+    if is_first_process():
+        try:
+            open_log(folder, config)
+            lock.acquire(timeout=0)
+        except Timeout:
+            line = f'--out {folder}: another command is at work there'
+        except UserError as error:
+            line = str(error)
     try:
-        with FileLock(folder / 'call.lock', timeout=0):
-            yield
-    except Timeout as error:
-        raise UserError(f'--out {folder}: another command is at work there') from error
+        stop_together(line)
+        sees_log = (folder / 'config.json').exists()
+        stop_together(None if sees_log else f'--out {folder}: not all ranks see this folder')
+        yield
+    finally:
+        lock.release()
+
+
+def make_runs_together(folder, seed, wanted, make_run):
+    """Call make_run(run) on all ranks for each run that is missing."""
+    records = read_records(folder, seed) if is_first_process() else {}
+    made = gather(list(records))[0]
+    for run in range(wanted):
+        if run not in made:
+            make_run(run)

@@ -66,6 +66,37 @@ def print_summary(summary, records, data):
         print(f'this is not a CIFAR-10 result: the data is {data["path"]}')
 
 
+def print_phases(records):
+    """Print the SWAP paper's Table 1: accuracies before and after averaging, and what they cost.
+
+    The costs are sums since the start of a run. Other recipes' records have no phases.
+    """
+    finished = [r for r in records if not r.get('failed') and r.get('phases') and 'phase1' in r]
+    if not finished:
+        return
+    workers = [worker for record in finished for worker in record['workers']]
+    of_phase = {
+        'phase 1': [record['phase1'] for record in finished],
+        'phase 2, each worker': [worker for worker in workers if 'failed' not in worker],
+        'averaging': finished,
+    }
+    print('                                                       on the slowest rank:')
+    columns = '    n  val_acc      std    seconds      PFLOP  all-reduces        MB   PFLOP on all'
+    print(f'{"after":20} {columns}')
+    totals = {}
+    for phase, (name, rows) in zip(('phase1', 'phase2', 'phase3'), of_phase.items()):
+        if phase not in finished[0]['phases']:
+            continue
+        accuracies = [row['val_acc'] for row in rows]
+        std = f'{np.std(accuracies, ddof=1):.4f}' if len(accuracies) > 1 else '-'
+        for key in finished[0]['phases'][phase]:
+            mean = np.mean([record['phases'][phase][key] for record in finished])
+            totals[key] = totals.get(key, 0) + mean
+        print(f'{name:20} {len(accuracies):5} {np.mean(accuracies):8.4f} {std:>8}', end=' ')
+        print('{seconds:10.2f} {pflop:10.3g} {all_reduces:12.0f}'.format(**totals), end=' ')
+        print('{megabytes:9.1f} {pflop_of_all:14.3g}'.format(**totals))
+
+
 #### Reading logs ##################################################################################
 
 

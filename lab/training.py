@@ -1,0 +1,384 @@
+"""What `lab run` does: prepare a recipe, train the missing runs, and log them."""
+
+import os
+import shutil
+import time
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lab import runs
+from lab.data import ImageSet, load_set
+from lab.errors import UserError, first_lines
+from lab.flops import costs_of_phases, pflop_of_run
+from lab.machine import describe_machine, is_first_process, process_count
+from lab.networks import load_network, save_network, tta_level
+from lab.options import override
+from lab.recipes import read_source
+from lab.summary import print_phases, print_summary, summarize
+
+#### Output ########################################################################################
+
+COLUMNS = {  # and their widths
+    'run': 5,
+    'epoch': 12,
+    'train_loss': 10,
+    'train_acc': 9,
+    'val_acc': 9,
+    'tta_val_acc': 11,
+    'seconds': 9,
+}
+
+
+class Output:
+    """Prints what happens. If nobody can read it any more, a run must not be lost because of that.
+
+    `error` is what happened when we last tried to print, or None.
+    """
+
+    def __init__(self):
+        self.error = None
+
+    def print(self, line):
+        # In one write, because torchrun's processes would mix their lines otherwise.
+        try:
+            print(f'{line}\n', end='', flush=True)
+        except OSError as error:
+            self.error = error
+
+    def print_row(self, row):
+        """Print a row of the table, from a dict with some of COLUMNS."""
+        cells = []
+        for name, width in COLUMNS.items():
+            value = row.get(name)
+            if value is None:
+                value = ''
+            elif isinstance(value, float):
+                value = f'{value:.4f}'
+            cells.append(str(value).rjust(width))
+        self.print(f'| {" | ".join(cells)} |')
+
+    def check(self):
+        """Raise the error that printing had, if any, once everything is written that must be."""
+        if isinstance(self.error, BrokenPipeError):
+            raise self.error
+        if self.error:
+            raise UserError(f'nothing can be printed any more: {first_lines(self.error)}')
+
+
+#### Preparing #####################################################################################
+
+
+def choose_data(data, recipe, overrides):
+    """(ImageSet, hyp). Raises UserError if there is no data.
+
+    Without CIFAR-10, the bare command trains on the digits, and says so.
+    """
+    hyp = override(recipe.hyp, overrides)
+    if data != 'digits':
+        try:
+            return load_set(data, recipe), hyp
+        except UserError as error:
+            if data is not None or overrides or process_count() > 1:
+                raise
+            print(f'\n*** THIS IS NOT CIFAR-10: {error}')
+            print("*** Training on scikit-learn's handwritten digits instead.\n", flush=True)
+    return load_set('digits', recipe), override(recipe.digits_hyp(), overrides)
+
+
+def make_loaders(recipe, image_set, hyp, device, dtype):
+    """(train_loader, test_loader). Raises UserError if `hyp` does not suit so many images."""
+    options = {'device': device, 'dtype': dtype, 'mean': image_set.mean, 'std': image_set.std}
+    try:
+        loaders = recipe.make_loaders(image_set.train, image_set.test, hyp, **options)
+        if not hasattr(recipe, 'join_ranks'):  # which checks its batches itself
+            len(loaders[0])
+    except ValueError as error:
+        raise UserError(first_lines(error)) from error
+    for loader in loaders:
+        loader.num_classes = len(image_set.classes)
+    return loaders
+
+
+def is_kernel(value):
+    return (getattr(value, '__module__', None) or '').startswith('kernels')
+
+
+def use_kernels(loader):
+    """Let a Triton kernel augment the loader's images. Returns whether it does.
+
+    It does not replace a function that gives other results, for example after you edited it.
+    """
+    try:
+        from kernels import faster_augment
+    except ImportError as error:
+        print(f'flip_crop, the Triton kernel, is not used: {error}', flush=True)
+        return False
+    loader.augment = faster_augment(loader)
+    return is_kernel(loader.augment)
+
+
+def make_faster(recipe, train_loader, hyp, *, compiles, kernels):
+    """Arguments for `train` that make it faster, and perhaps a faster train_loader.augment.
+
+    Args:
+        compiles: whether to use torch.compile.
+        kernels: 'on', 'off', or 'auto' for on where the device is CUDA and they work.
+    """
+    augment = train_loader.augment
+    faster = {}
+    if compiles:
+        try:
+            faster = recipe.fast_path(train_loader, hyp)
+        except ImportError as error:
+            raise UserError(f'--compile: {error}') from error
+    if kernels == 'off':
+        train_loader.augment = augment
+        faster = {name: value for name, value in faster.items() if not is_kernel(value)}
+    if kernels == 'on' or (kernels == 'auto' and train_loader.device.type == 'cuda'):
+        works = use_kernels(train_loader)
+        if kernels == 'on' and not works:
+            raise UserError('--kernels on needs a GPU, Triton, and the augmentation of airbench94')
+    return faster
+
+
+def describe_compile_error(error):
+    """One line that names what failed: a compiler's message is far down in the error's text."""
+    line = first_lines(error)
+    for further in str(error).splitlines()[2:]:
+        if 'error:' in further:
+            line = f'{line} {further.strip()}'
+            break
+    return f'{line}; TRACEBACK=1 shows more'
+
+
+def join_ranks(recipe, device):
+    """Let all ranks meet. Raises UserError if they cannot."""
+    needed = ('RANK', 'MASTER_ADDR', 'MASTER_PORT')
+    missing = [name for name in needed if not os.environ.get(name)]
+    if process_count() > 1 and missing:
+        names = ', '.join(missing)
+        raise UserError(f'WORLD_SIZE is set, but not {names}; start the ranks with torchrun')
+    try:
+        recipe.join_ranks(device)
+    except RuntimeError as error:
+        raise UserError(f'the ranks cannot meet: {first_lines(error)}') from error
+
+
+def warm_up(recipe, loaders, hyp, faster):
+    """Train briefly, which compiles and loads everything that a run needs. Returns the seconds."""
+    if is_first_process():
+        print('warming up', flush=True)
+    start = time.perf_counter()
+    try:
+        recipe.warm_up(*loaders, hyp, faster)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # torch, its compilers and Triton have many kinds of errors
+        line = describe_compile_error(error)
+        raise UserError(f'the warm-up run failed: {line}') from error
+    return time.perf_counter() - start
+
+
+#### One command ###################################################################################
+
+
+@dataclass
+class Command:
+    """What one `lab run` trains, and where it logs it."""
+
+    recipe: object  # a module
+    hyp: dict
+    image_set: ImageSet
+    loaders: tuple
+    faster: dict  # arguments for the recipe's `train`
+    folder: Path
+    config: dict  # what all runs of the log have in common
+    about: dict  # what each run's record says about the machine
+    saves_networks: bool
+    output: Output = field(default_factory=Output)
+
+    @property
+    def is_joint(self):
+        """Whether all ranks together make each run."""
+        return hasattr(self.recipe, 'join_ranks')
+
+    def make_run(self, run):
+        """Train run number `run`, log it and print its result."""
+
+        def on_epoch(row):
+            if is_first_process():
+                self.output.print_row({'run': run} | row)
+
+        options = dict(self.faster)
+        if self.is_joint:
+            checkpoints = self.folder / 'checkpoints' / f'{run:05}'
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            options['checkpoints'] = checkpoints
+        seed = self.config['seed'] + run
+        net, record = self.recipe.train(*self.loaders, self.hyp, seed, on_epoch, **options)
+        if self.is_joint and not is_first_process():
+            return
+        record |= self.count_costs(record) | self.about
+        try:
+            self.write_run(run, net, record)
+        finally:
+            self.print_result(run, record)
+        if self.is_joint:
+            shutil.rmtree(checkpoints)
+        self.output.check()
+
+    def count_costs(self, record):
+        """What `record` shall say about the operations of its run."""
+        sizes = [len(labels) for _, labels in (self.image_set.train, self.image_set.test)]
+        known = (self.recipe, self.hyp, *sizes, len(self.image_set.classes), record)
+        costs = {'pflop': pflop_of_run(*known)}
+        if 'phase_seconds' in record:
+            costs['phases'] = costs_of_phases(*known)
+        return costs
+
+    def write_run(self, run, net, record):
+        """Write the network, if wanted, and then the record, which makes the run complete."""
+        file = runs.run_file(self.folder, run)
+        if self.saves_networks:
+            weights = file.with_suffix('.pt')
+            save_network(weights, net, self.recipe, self.hyp, self.image_set)
+        runs.write_json(file, record)
+
+    def print_result(self, run, record):
+        self.output.print_row({'run': run, 'epoch': 'eval'} | record)
+        for number, worker in enumerate(record.get('workers', [])):
+            if worker.get('failed'):
+                self.output.print(f'run {run}: worker {number} is left out: {worker["failed"]}')
+        if 'failed' in record:
+            self.output.print(f'run {run} failed: {record["failed"]}')
+
+    def read_records(self):
+        return runs.read_records(self.folder, self.config['seed'])
+
+    def print_start(self, wanted, missing):
+        self.output.print(
+            '{path}: {train} + {test} images; '.format(**self.config['data'])
+            + '{device}, {dtype}, {mode}, {kernels} kernels'.format(**self.config, **self.about)
+        )
+        self.output.print(f'{missing} of {wanted} runs to make; log in {self.folder}')
+
+    def make_runs(self, wanted):
+        if self.is_joint:
+            runs.make_runs_together(self.folder, self.config['seed'], wanted, self.make_run)
+        else:
+            runs.make_runs(self.folder, wanted, self.make_run)
+
+    def make_missing_runs(self, wanted):
+        """Make the runs that are missing, with a warm-up where that is useful."""
+        missing = wanted
+        if is_first_process() or not self.is_joint:
+            missing = runs.count_missing(self.read_records(), wanted)
+        if self.is_joint:
+            missing = runs.gather(missing)[0]
+        if is_first_process():
+            self.print_start(wanted, missing)
+        if missing == 0:
+            return
+        is_compiled = self.config['mode'] == 'compiled'
+        if is_compiled or self.loaders[0].device.type != 'cpu':
+            seconds = warm_up(self.recipe, self.loaders, self.hyp, self.faster)
+            self.about['warm_up_seconds'] = seconds
+        if is_first_process():
+            self.output.print_row({name: name for name in COLUMNS})
+        try:
+            self.make_runs(wanted)
+        except BaseException:
+            if is_first_process():
+                self.output.print(f'to go on, run the same command with --out {self.folder}')
+                with suppress(UserError, OSError):  # the disk may be full
+                    self.close()
+            raise
+
+    def close(self):
+        """Write log.json with the runs so far, and print their summary. Returns the summary."""
+        records = list(self.read_records().values())
+        summary = summarize(records, self.hyp['target'])
+        try:
+            log = self.config | {'runs': records, 'summary': summary}
+            runs.write_json(self.folder / 'log.json', log)
+        finally:
+            print_phases(records)
+            print_summary(summary, records, self.config['data'])
+        return summary
+
+    def run(self, wanted):
+        """Make `wanted` runs and return the exit code."""
+        opened = nullcontext()
+        if self.is_joint:
+            opened = runs.open_log_together(self.folder, self.config)
+        else:
+            runs.open_log(self.folder, self.config)
+        with opened:
+            self.make_missing_runs(wanted)
+            if self.is_joint and not is_first_process():
+                return 0
+            if runs.count_missing(self.read_records(), wanted) > 0:
+                print('other processes are making the last runs; if they are lost, ', end='')
+                print('run the command again')
+                return 0
+            summary = self.close()
+        # torchrun would take 1 for a lost process, and start everything again.
+        return 1 if summary['failed'] and process_count() == 1 else 0
+
+
+def prepare(args, recipe, device, dtype):
+    """The Command for some arguments of `lab run`. Raises UserError."""
+    image_set, hyp = choose_data(args.data, recipe, args.overrides)
+    loaders = make_loaders(recipe, image_set, hyp, device, dtype)
+    train_loader = loaders[0]
+    options = {'compiles': args.compile, 'kernels': args.kernels}
+    faster = make_faster(recipe, train_loader, hyp, **options)
+    if hasattr(recipe, 'join_ranks'):
+        join_ranks(recipe, device)
+    config = {
+        'script': Path(recipe.__file__).name,
+        'hyp': hyp,
+        'seed': args.seed,
+        'data': image_set.describe(),
+        'dtype': str(dtype).removeprefix('torch.'),
+        'mode': 'compiled' if args.compile else 'eager',
+        'source': read_source(recipe),
+    }
+    about = describe_machine(device)
+    functions = [train_loader.augment, *faster.values()]
+    about['kernels'] = 'Triton' if any(map(is_kernel, functions)) else 'torch'
+    if hasattr(recipe, 'join_ranks'):
+        about['ranks'] = process_count()
+    folder = Path(args.out) if args.out else runs.new_folder(Path(recipe.__file__).stem)
+    return Command(
+        recipe, hyp, image_set, loaders, faster, folder, config, about, saves_networks=args.save
+    )
+
+
+def train_runs(args, recipe, device, dtype):
+    """`lab run`: make the runs that are missing, and return the exit code."""
+    command = prepare(args, recipe, device, dtype)
+    wanted = args.runs or (1 if device.type == 'cpu' else 25)
+    code = command.run(wanted)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
+
+
+def evaluate_saved(args, recipe, device, dtype):
+    """`lab run --load`: print a saved network's accuracy on the test images of --data."""
+    net, saved = load_network(args.load, recipe, device, dtype)
+    image_set = load_set(args.data, recipe)
+    if image_set.classes != saved['classes']:
+        raise UserError(f'--load {args.load}: its classes are not those of {image_set.path}')
+    options = {'device': device, 'dtype': dtype, 'mean': saved['mean'], 'std': saved['std']}
+    loader = recipe.CifarLoader(*image_set.test, **options)
+    level = tta_level(saved['hyp'])
+    tests = f'{len(loader.labels)} images of {image_set.path}'
+    print(f'accuracy on {tests}: {recipe.evaluate(net, loader):.4f}')
+    accuracy = recipe.evaluate(net, loader, level)
+    print(f'with test-time augmentation, level {level}: {accuracy:.4f}')
