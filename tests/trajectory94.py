@@ -1,30 +1,35 @@
-"""The record's own recipe in float64, narrow, on made-up images: what it gives, and gave.
+"""A run of the record in float64, with a narrow network and random images: its losses and outputs.
 
-    python tests/trajectory94.py      # writes tests/golden/records/94.json anew: for another recipe
+    python tests/trajectory94.py      # writes tests/golden/records/record94.json again
 
-No published script is behind these numbers. They say that the recipe is still the one with which
-the record was made; a change that moves them makes another recipe.
+No published script is behind these numbers. They say that the recipe is still the one that made the
+record. If your change moves them, it makes another recipe.
 """
 
 import argparse
 import json
+import os
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-FILE = ROOT / 'tests' / 'golden' / 'records' / '94.json'
+
+from lab.options import override  # noqa: E402
+from records import record94  # noqa: E402
+
+FILE = ROOT / 'tests' / 'golden' / 'records' / 'record94.json'
+FLOAT64 = {'device': 'cpu', 'dtype': torch.float64}
 SETTINGS = [
     'net.widths.block1=8', 'net.widths.block2=16', 'net.widths.block3=16', 'opt.batch_size=16',
     'opt.train_epochs=6.5',
 ]  # fmt: skip
 
 
-def made_up_images(n, seed):
-    """A split whose classes can be told apart by their tint."""
+def tinted_images(n, seed):
+    """Random images and labels. The tint of an image tells its class."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 10, (n,), generator=g)
     images = torch.randint(0, 156, (n, 32, 32, 3), generator=g, dtype=torch.uint8)
@@ -34,28 +39,23 @@ def made_up_images(n, seed):
 
 def trajectory():
     """{'losses': of each step, 'logits': by level, 'weight_norms', 'buffer_norms'}."""
-    script = import_module('records.94')
-    hyp = script.override(script.hyp, SETTINGS)
-    options = {'device': 'cpu', 'dtype': torch.float64}
-    train_loader = script.CifarLoader('digits', True, 16, hyp['aug'], **options)
-    test_loader = script.CifarLoader('digits', False, **options)
-    for loader, n in ((train_loader, 96), (test_loader, 20)):
-        loader.images, loader.labels = made_up_images(n, seed=n)
-        loader.set_statistics(script.CIFAR_MEAN, script.CIFAR_STD)
+    hyp = override(record94.hyp, SETTINGS)
+    sets = tinted_images(96, seed=96), tinted_images(20, seed=20)
+    train_loader, test_loader = record94.make_loaders(*sets, hyp, **FLOAT64)
     losses = []
 
     def recording_compute_loss(*args):
-        loss, outputs = script.compute_loss(*args)
+        loss, outputs = record94.compute_loss(*args)
         losses.append(loss.item())
         return loss, outputs
 
-    net, _ = script.train(
+    net, _ = record94.train(
         train_loader, test_loader, hyp, seed=3, compute_loss=recording_compute_loss
     )
     buffers = [b for b in net.buffers() if b.is_floating_point()]
     return {
         'losses': losses,
-        'logits': {str(i): script.infer(net, test_loader, i).tolist() for i in range(3)},
+        'logits': {str(i): record94.infer(net, test_loader, i).tolist() for i in range(3)},
         'weight_norms': [p.detach().norm().item() for p in net.parameters()],
         'buffer_norms': [b.norm().item() for b in buffers],
     }
@@ -63,10 +63,12 @@ def trajectory():
 
 def main():
     argparse.ArgumentParser(
-        description='Write the golden trajectory of records/94.py.'
+        description='Write the golden trajectory of records/record94.py.'
     ).parse_args()
-    FILE.parent.mkdir(exist_ok=True)
-    FILE.write_text(json.dumps({'torch': torch.__version__} | trajectory(), indent=1) + '\n')
+    temporary = FILE.with_suffix('.tmp')
+    temporary.write_text(json.dumps({'torch': torch.__version__} | trajectory(), indent=1) + '\n')
+    os.replace(temporary, FILE)
+    print(f'wrote {FILE}')
 
 
 if __name__ == '__main__':
