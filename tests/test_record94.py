@@ -1,23 +1,21 @@
-"""records/94.py: Muon, growing images, the choice of the hardest, and what a run costs."""
+"""records/record94.py: Muon, Winograd, growing images, the hardest images, and whole runs."""
 
 import functools
 import json
-import subprocess
-import sys
-from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NARROW, ONE_THREAD, ROOT, TINY, call, figures, load_log
+from conftest import NARROW, TEST_SET, TRAIN_SET
 from PIL import Image
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from trajectory94 import FILE, trajectory
 
-record94 = import_module('records.94')
+from lab.options import override
+from records import record94
+
 FLOAT64 = {'device': torch.device('cpu'), 'dtype': torch.float64}
 CLOSE = {'rtol': 1e-9, 'atol': 1e-9}
 
@@ -25,14 +23,11 @@ CLOSE = {'rtol': 1e-9, 'atol': 1e-9}
 @pytest.fixture
 def narrow():
     """The record's hyp with a narrow network, batches of 32 and three epochs."""
-    return record94.override(record94.hyp, [*NARROW, 'opt.train_epochs=3'])
+    return override(record94.hyp, [*NARROW, 'opt.train_epochs=3'])
 
 
-def make_loaders(folder, hyp, device='cpu', dtype=torch.float32):
-    where = {'device': device, 'dtype': dtype}
-    batch_size = hyp['opt']['batch_size']
-    train_loader = record94.CifarLoader(folder, True, batch_size, hyp['aug'], **where)
-    return train_loader, record94.CifarLoader(folder, False, **where)
+def make_loaders(hyp, device='cpu', dtype=torch.float32):
+    return record94.make_loaders(TRAIN_SET, TEST_SET, hyp, device=device, dtype=dtype)
 
 
 def as_float64(values):
@@ -58,7 +53,7 @@ def test_orthogonalize_keeps_the_singular_vectors(shape):
     assert expected.min() > 0.6 and expected.max() < 1.3  # all near 1
 
 
-def test_matrices_of_a_stack_are_orthogonalized_each_alone():
+def test_the_matrices_of_a_stack_are_orthogonalized_separately():
     matrices = gaussian(3, 4, 10)
     stacked = record94.orthogonalize(matrices, 3)
     alone = torch.stack([record94.orthogonalize(matrix, 3) for matrix in matrices])
@@ -66,7 +61,7 @@ def test_matrices_of_a_stack_are_orthogonalized_each_alone():
 
 
 def test_muon_is_its_definition_written_out(narrow):
-    """Three steps, filter by filter, with singular value decompositions, and torch's own SGD."""
+    """Three steps, filter by filter, with singular value decompositions and torch's own SGD."""
     narrow['opt']['schedule'] = {'start': 1.0, 'peak_at': 0.0, 'end': 1.0}
     net = record94.make_net(narrow, **FLOAT64)
     twin = record94.make_net(narrow, **FLOAT64)
@@ -103,7 +98,7 @@ def test_muon_is_its_definition_written_out(narrow):
 
 
 def conv_and_gradients(conv, x, filters, padding):
-    """The outputs, and the gradients of a made-up loss: of maps, and of filters."""
+    """The outputs, and a random loss's gradients with respect to the maps and the filters."""
     x = x.clone().requires_grad_()
     filters = filters.clone().requires_grad_()
     outputs = conv(x, filters, padding=padding)
@@ -111,7 +106,7 @@ def conv_and_gradients(conv, x, filters, padding):
     return outputs, *torch.autograd.grad(outputs, (x, filters), gradient)
 
 
-# Those of the recipe, and others.
+# The recipe's and others.
 @pytest.mark.parametrize('size, taps, padding', [
     (7, 3, 1), (3, 3, 1), (1, 3, 1), (7, 2, 0), (3, 2, 0), (9, 2, 0), (6, 4, 0), (5, 1, 0),
 ])  # fmt: skip
@@ -160,115 +155,129 @@ def test_images_are_resized_as_pillow_does():
             np.testing.assert_allclose(small.numpy(), np.asarray(by_pillow), rtol=0, atol=1e-5)
 
 
-def test_the_loader_serves_the_hardest_in_its_own_order(folder, narrow):
-    train_loader, _ = make_loaders(folder, narrow)
-    n = len(train_loader.labels)
-    losses = gaussian(n).float()
-    train_loader.epoch = 1
-    draws = train_loader.draw(1)
-    hardest = set(losses.topk(80).indices.tolist())
-    expected = [place for place in draws['order'].tolist() if place in hardest]
-    order = record94.serve_hardest(train_loader, losses, 80)
-    assert order.tolist() == expected
-    _, labels = next(iter(train_loader))
-    assert torch.equal(labels, train_loader.labels[expected[:32]])
-    # An epoch later, all draws are those of that epoch again.
-    assert train_loader.epoch == 2
-    order = record94.serve_hardest(train_loader, losses, n)
-    assert torch.equal(order, train_loader.draw(2)['order'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_is_resized_in_fp32(dtype):
+    """torch has no antialiasing in bfloat16 on a CPU."""
+    images = gaussian(2, 3, 32, 32).to(dtype)
+    small = record94.resize(images, 16)
+    assert small.dtype == dtype
+    assert torch.equal(small, record94.resize(images.float(), 16).to(dtype))
 
 
-def test_training_leaves_out_what_it_knows(folder, narrow, monkeypatch):
-    """The losses by which images are chosen are those of the outputs that training saw."""
+def test_the_hardest_images_keep_their_order():
+    losses = gaussian(200).float()
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+    hard = set(losses.topk(80).indices.tolist())
+    expected = [place for place in order.tolist() if place in hard]
+    assert record94.hardest(order, losses, 80).tolist() == expected
+    assert torch.equal(record94.hardest(order, losses, 200), order)
+
+
+def test_training_leaves_out_images_that_the_network_knows(narrow):
+    """It knows those with small losses, without smoothing, when it last saw them."""
     narrow['selection'] = {'from': 0.3, 'keep': 0.5}
-    served = []
-    chosen_by = []
-    serve_hardest = record94.serve_hardest
-
-    def recording_serve(loader, losses, n):
-        chosen_by.append(losses.clone())
-        served.append(serve_hardest(loader, losses, n))
-        return served[-1]
-
-    seen = []
+    train_loader, test_loader = make_loaders(narrow)
+    train_loader.labels = torch.arange(200)  # so that we recognize the images
+    narrow['opt']['label_smoothing'] = 0.4
+    served, losses = [], []
 
     def recording_loss(net, inputs, labels, label_smoothing):
-        loss, outputs = record94.compute_loss(net, inputs, labels, label_smoothing)
-        seen.append(F.cross_entropy(outputs, labels, reduction='none'))
+        assert label_smoothing == 0.4
+        loss, outputs = record94.compute_loss(net, inputs, labels % 10, label_smoothing)
+        outputs = torch.cat((outputs, torch.zeros(len(outputs), 190)), 1)
+        served.append(labels)
+        losses.append(F.cross_entropy(outputs, labels, reduction='none'))
         return loss, outputs
 
-    monkeypatch.setattr(record94, 'serve_hardest', recording_serve)
-    train_loader, test_loader = make_loaders(folder, narrow)
     record94.train(train_loader, test_loader, narrow, compute_loss=recording_loss)
-    assert [len(order) for order in served] == [200, 100, 100]
-    first = torch.full((200,), torch.inf)
-    first[served[0][: 6 * 32]] = torch.cat(seen[:6])
-    assert torch.equal(chosen_by[1], first)
-    assert first[served[1]].min() >= first.median()
+    assert [len(labels) for labels in served] == 12 * [32]  # 6, 3 and 3 steps
+    last_seen = torch.full((200,), torch.inf)
+    for first, end in ((0, 6), (6, 9)):
+        last_seen[torch.cat(served[first:end])] = torch.cat(losses[first:end])
+        hard = last_seen.topk(100).indices
+        assert set(torch.cat(served[end : end + 3]).tolist()) < set(hard.tolist())
 
 
-def test_epochs_and_sizes_are_what_hyp_says(narrow):
+def test_epochs_and_image_sizes_are_what_hyp_says(narrow):
     narrow['opt'] |= {'train_epochs': 3.5, 'batch_size': 100}
     narrow['selection'] = {'from': 0.5, 'keep': 0.3}
     assert record94.plan_epochs(1000, narrow) == [(1000, 10), (1000, 10), (300, 3), (300, 2)]
-    narrow['selection']['keep'] = 0.0  # a batch is the least
+    narrow['selection']['keep'] = 0.0  # at least a batch
     assert record94.plan_epochs(1000, narrow)[-1] == (100, 1)
     sizes = [record94.image_size(step, 10, {'size': 16, 'until': 0.3}) for step in range(10)]
     assert sizes == [16] * 3 + [32] * 7
 
 
-def leave_whitening(layer, images, eps):
-    pass
-
-
-def test_pflop_is_what_torch_counts_in_a_run(folder, narrow, monkeypatch):
-    """But for the whitening, which is a hundred-thousandth of a run at full width.
-
-    Convolutions count by their definition.
-    """
-    monkeypatch.setattr(record94.Conv, 'forward', torch.nn.Conv2d.forward)
-    train_loader, test_loader = make_loaders(folder, narrow)
-    _, record = record94.train(train_loader, test_loader, narrow)
-    assert 2 * 60 < record['views'] == 60 + 6 * 500  # all in doubt, in a batch of 500
-
-    def count_nothing(*args):
-        return 0.0  # to count, the script makes steps that are no part of a run
-
-    def validate_nothing(*args, **options):
-        return 0.0
-
-    monkeypatch.setattr(record94, 'evaluate', validate_nothing)
-    monkeypatch.setattr(record94, 'count_pflop', count_nothing)
-    monkeypatch.setattr(record94, 'init_whitening_conv', leave_whitening)
-    with FlopCounterMode(display=False) as counter:
-        record94.train(train_loader, test_loader, narrow)
-    assert record['pflop'] == pytest.approx(1e-15 * counter.get_total_flops(), rel=1e-9)
-
-
-def test_only_doubtful_images_get_more_views(folder, narrow):
-    _, loader = make_loaders(folder, narrow, dtype=torch.float64)
+def test_only_uncertain_images_get_more_views(narrow):
+    _, loader = make_loaders(narrow, dtype=torch.float64)
     net = record94.make_net(narrow, **FLOAT64)
     one_view = record94.infer(net, loader)
     six_views = record94.infer(net, loader, 2)
     largest = one_view.topk(2).values
     lead = largest[:, 0] - largest[:, 1]
     margin = lead.median().item()
-    logits, views = record94.infer_in_doubt(net, loader, 2, margin)
-    is_doubtful = lead < margin
-    assert 0 < is_doubtful.sum() < 60 and views == 60 + 6 * 500
-    torch.testing.assert_close(logits, torch.where(is_doubtful[:, None], six_views, one_view))
-    assert torch.equal(record94.infer_in_doubt(net, loader, 0, margin)[0], one_view)
-    logits, views = record94.infer_in_doubt(net, loader, 2, 0.0)
+    logits, views = record94.infer_with_tta_where_uncertain(net, loader, 2, margin)
+    is_uncertain = lead < margin
+    assert 0 < is_uncertain.sum() < 60 and views == 60 + 6 * 500
+    torch.testing.assert_close(logits, torch.where(is_uncertain[:, None], six_views, one_view))
+    logits, views = record94.infer_with_tta_where_uncertain(net, loader, 0, margin)
+    assert torch.equal(logits, one_view) and views == 60
+    logits, views = record94.infer_with_tta_where_uncertain(net, loader, 2, 0.0)
     assert torch.equal(logits, one_view) and views == 60
 
 
-def test_fp16_training_step_leaves_nothing_on_the_cpu(folder):
-    hyp = record94.override(record94.hyp, ['opt.batch_size=32'])
+def test_a_run_learns_is_recorded_and_repeats_to_the_last_bit(narrow):
+    narrow['opt']['train_epochs'] = 8.5
+    rows = []
+    net, record = record94.train(*make_loaders(narrow), narrow, 3, rows.append)
+    assert record['seed'] == 3 and 'failed' not in record
+    assert min(record['tta_val_acc'], record['mirror_val_acc'], record['val_acc']) > 0.3
+    assert record['views'] in (60, 60 + 6 * 500)  # in batches of 500
+    assert rows == record['epochs'] and [row['epoch'] for row in rows] == list(range(1, 10))
+    again, _ = record94.train(*make_loaders(narrow), narrow, 3, net=net)
+    assert again is net
+    other, _ = record94.train(*make_loaders(narrow), narrow, 3)
+    for key, value in other.state_dict().items():
+        assert torch.equal(net.state_dict()[key], value)
+
+
+def test_a_run_in_bfloat16_on_a_cpu(narrow):
+    narrow['opt']['train_epochs'] = 1
+    train_loader, test_loader = make_loaders(narrow, dtype=torch.bfloat16)
+    train_loader.images, train_loader.labels = [v[:64] for v in TRAIN_SET]
+    net, record = record94.train(train_loader, test_loader, narrow)
+    assert 'failed' not in record and record['views'] >= 60
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+def test_a_network_that_has_seen_no_mirrored_images_is_tested_without_them(narrow):
+    narrow['aug']['flip'] = False
+    narrow['opt']['train_epochs'] = 1
+    _, record = record94.train(*make_loaders(narrow), narrow)
+    assert record['val_acc'] == record['mirror_val_acc'] == record['tta_val_acc']
+    assert record['views'] == 60
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(narrow):
+    narrow['opt']['lr_head'] = 1e30
+    _, record = record94.train(*make_loaders(narrow), narrow)
+    assert record['failed'].startswith('the loss is nan at step ')
+    assert record['tta_val_acc'] is None and record['epochs'] == []
+
+
+def test_images_that_do_not_fill_a_batch_are_an_error(narrow):
+    narrow['opt']['batch_size'] = 201
+    with pytest.raises(ValueError, match='200 images are less than a batch of 201'):
+        record94.train(*make_loaders(narrow), narrow)
+
+
+def test_fp16_training_step_leaves_nothing_on_the_cpu():
+    hyp = override(record94.hyp, ['opt.batch_size=32'])
     options = {'device': 'meta', 'dtype': torch.float16}
-    train_loader, test_loader = make_loaders(folder, hyp, **options)
-    losses = torch.zeros(200, device='meta')
-    record94.serve_hardest(train_loader, losses, 200)
-    inputs, labels = next(iter(train_loader))
+    train_loader, test_loader = make_loaders(hyp, **options)
+    draws = train_loader.next_draws()
+    draws['order'] = record94.hardest(draws['order'], torch.zeros(200, device='meta'), 100)
+    inputs, labels = next(train_loader.batches(draws))
     net = record94.make_net(hyp, **options)
     optimizer, scheduler = record94.make_optimizer(net, hyp, total_steps=10)
     for size in (16, 32):
@@ -278,11 +287,13 @@ def test_fp16_training_step_leaves_nothing_on_the_cpu(folder):
         scheduler.step()
     assert outputs.shape == (32, 10) and outputs.dtype == torch.float16
     assert loss.dtype == torch.float32 and loss.device.type == 'meta'
+    weights = [value for value in net.state_dict().values() if value.is_floating_point()]
+    record94.update_averages([weight.clone() for weight in weights], weights, 0.8)
     assert record94.infer(net, test_loader, tta_level=2).shape == (60, 10)
 
 
 class CountLaunches(TorchDispatchMode):
-    """Counts the operations that compute: those that are no views of what is there."""
+    """Counts the operations that compute: all but views."""
 
     launches = 0
 
@@ -293,7 +304,7 @@ class CountLaunches(TorchDispatchMode):
 
 
 def test_an_optimizer_step_launches_what_the_record_says():
-    """295 with torch 2.14; other versions may write a few operations as more or fewer."""
+    """295 with torch 2.14; other versions may need a few operations more or less."""
     options = {'device': 'meta', 'dtype': torch.float16}
     net = record94.make_net(**options)
     optimizer, _ = record94.make_optimizer(net, record94.hyp, total_steps=10)
@@ -306,16 +317,35 @@ def test_an_optimizer_step_launches_what_the_record_says():
     assert counter.launches < 320
 
 
-def test_a_compiled_run_is_the_eager_one_with_a_graph_a_size(folder, narrow, monkeypatch):
+def test_the_average_moves_in_lists_of_one_dtype(monkeypatch):
+    """torch is slow on mixed lists."""
+    calls = []
+    lerp_lists = torch._foreach_lerp_
+
+    def checked_lerp(averages, weights, share):
+        calls.append({tensor.dtype for tensor in [*averages, *weights]})
+        lerp_lists(averages, weights, share)
+
+    monkeypatch.setattr(torch, '_foreach_lerp_', checked_lerp)
+    dtypes = [torch.float16, torch.float32, torch.float16]
+    weights = [torch.full((3,), i + 1, dtype=dtype) for i, dtype in enumerate(dtypes)]
+    averages = [torch.zeros_like(weight) for weight in weights]
+    record94.update_averages(averages, weights, decay=0.75)
+    assert [average[0].item() for average in averages] == [0.25, 0.5, 0.75]
+    assert [weight[0].item() for weight in weights] == [1, 2, 3]
+    assert calls == [{torch.float16}, {torch.float32}]
+
+
+def test_a_compiled_run_is_the_eager_one_with_a_graph_per_size(narrow, monkeypatch):
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))
     torch._dynamo.reset()
     counters.clear()
-    loaders = make_loaders(folder, narrow, dtype=torch.float64)
-    faster = record94.compiled(narrow, **FLOAT64)
+    loaders = make_loaders(narrow, dtype=torch.float64)
+    faster = record94.fast_path(loaders[0], narrow)
     record94.warm_up(*loaders, narrow, faster)
     graphs = counters['stats']['unique_graphs']
     net, record = record94.train(*loaders, narrow, **faster)
-    assert counters['stats']['unique_graphs'] == graphs == 2 + 2  # sizes, and tests
+    assert counters['stats']['unique_graphs'] == graphs == 2 + 2  # training and test sizes
     assert not counters['graph_break']
     eager_net, eager_record = record94.train(*loaders, narrow)
     for key, value in eager_net.state_dict().items():
@@ -334,16 +364,3 @@ def test_the_recipe_is_the_one_of_the_golden_trajectory():
             torch.testing.assert_close(as_float64(now[name]), as_float64(values), **CLOSE)
     for level, logits in golden['logits'].items():
         torch.testing.assert_close(as_float64(now['logits'][level]), as_float64(logits), **CLOSE)
-
-
-def test_two_processes_make_the_runs_of_one(folder, tmp_path):
-    args = ['--data', folder, '--runs', 2, *TINY]
-    assert call(*args, '--out', tmp_path / 'one', script=record94) == 0
-    command = [sys.executable, ROOT / 'records' / '94.py', *args, '--out', tmp_path / 'two']
-    command = [str(part) for part in command]
-    with subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD) as process:
-        assert subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, timeout=200).returncode == 0
-        assert process.wait(timeout=200) == 0
-    by_one, by_two = load_log(tmp_path / 'one'), load_log(tmp_path / 'two')
-    assert [figures(run) for run in by_one['runs']] == [figures(run) for run in by_two['runs']]
-    assert all('mirror_val_acc' in run and run['pflop'] > 0 for run in by_one['runs'])
