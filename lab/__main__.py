@@ -63,7 +63,7 @@ def run_parser():
     add('--compile', action='store_true', help='use torch.compile: pays off for many runs on a GPU')
     add('--save', action='store_true', help="keep each run's network, as runs/00000.pt in the log")
     add('--load', metavar='FILE', help='evaluate a network that --save kept, and train nothing')
-    add('overrides', nargs='*', metavar='KEY=VALUE', help='hyperparameters')
+    add('overrides', nargs='*', default=[], metavar='KEY=VALUE', help='hyperparameters')
     return parser
 
 

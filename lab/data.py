@@ -234,12 +234,12 @@ def make_set(source, dest):
     if read is read_pictures and not Path(source).is_dir():
         names = ', '.join(['cifar10', *readers])
         raise UserError(f'{source}: is neither a folder of pictures nor one of {names}')
-    dest.mkdir(parents=True, exist_ok=True)
     try:
         splits = {'train': read(folder, True), 'test': read(folder, False)}
     except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for a bad download
         raise UserError(f'{source}: cannot be read: {first_lines(error)}') from error
     check_classes(source, splits)
+    dest.mkdir(parents=True, exist_ok=True)
     for name, split in splits.items():
         write_tensors(dest / f'{name}.pt', split)
         print(f'{dest / name}.pt: {len(split["labels"])} images of {len(split["classes"])} classes')

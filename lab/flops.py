@@ -4,7 +4,9 @@ Everything is computed from `hyp` on the `meta` device, which allocates and calc
 Convolutions count by their definition, whichever algorithm the device uses.
 """
 
+import json
 import math
+from functools import cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,6 +17,12 @@ TTA_VIEWS = (1, 2, 6)  # how many views of an image each level evaluates
 
 def flop_per_image(recipe, hyp, num_classes, size=32):
     """Operations for an image of size x size pixels: (in a training step, in a forward pass)."""
+    return count_per_image(recipe, json.dumps(hyp), num_classes, size)
+
+
+@cache  # a tenth of a second, which a fast GPU would notice after each run
+def count_per_image(recipe, hyp_json, num_classes, size):
+    hyp = json.loads(hyp_json)
     net = recipe.make_net(hyp, num_classes, **ON_META)
     images = torch.empty(2, 3, size, size, **ON_META)  # BatchNorm refuses a mean of one pixel
     labels = torch.empty(2, dtype=torch.int64, device='meta')
@@ -54,6 +62,12 @@ def image_sizes(recipe, hyp, n_train):
 
 def flop_per_step(recipe, hyp, num_classes, size, batch_size):
     """Operations in a step on images of `size` pixels, with the optimizer's matrix products."""
+    return count_per_step(recipe, json.dumps(hyp), num_classes, size, batch_size)
+
+
+@cache
+def count_per_step(recipe, hyp_json, num_classes, size, batch_size):
+    hyp = json.loads(hyp_json)
     net = recipe.make_net(hyp, num_classes, **ON_META)
     net[0].bias.requires_grad = size < 32
     optimizer, _ = recipe.make_optimizer(net, hyp, total_steps=1)

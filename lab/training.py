@@ -147,10 +147,10 @@ def make_faster(recipe, train_loader, hyp, *, compiles, kernels):
 
 def describe_compile_error(error):
     """One line that names what failed: a compiler's message is far down in the error's text."""
-    line = first_lines(error)
+    line = first_lines(error).strip()
     for further in str(error).splitlines()[2:]:
         if 'error:' in further:
-            line = f'{line} {further.strip()}'
+            line = f'{line}: {further.strip()}'
             break
     return f'{line}; TRACEBACK=1 shows more'
 
