@@ -1,29 +1,33 @@
 """How many epochs each feature of airbench94 saves (Jordan 2024, Figure 4 and section 5.1).
 
-    python -m studies.ablation                              # in half an hour, on two CPU cores
+    python -m studies.ablation                              # half an hour on two CPU cores
     torchrun --nproc_per_node=8 -m studies.ablation --scale paper --out logs/ablation --data cifar10
     python -m studies.ablation --show --out logs/ablation   # the table and the picture again
 
-Epochs to the target are searched for the final recipe without a feature, and for the whitened
-baseline with it: twice the epochs while the mean of some networks is below the target, half of them
-while it is above, then the geometric mean of the two epochs that enclose it. The result comes of
-the straight line, in logarithms, through the errors at all epochs that were tried, and its interval
-of a bootstrap over the networks. The baseline has whitening alone; whitening itself is only taken
-from the final recipe.
+How many epochs does it take to reach the target? We search for that number for the final recipe
+without a feature, and for the whitened baseline with it: we double the epochs while the mean of a
+few networks is below the target, halve them while it is above, and then try the geometric mean of
+the two numbers that enclose it. The result comes from a straight line, in logarithms, through the
+errors at all numbers of epochs that we tried; its interval comes from a bootstrap over the
+networks. The baseline has whitening and no other feature, so whitening itself is only removed from
+the final recipe.
 
 --scale paper has the paper's target, 94%, and 25 networks at each number of epochs: about 14 * 6 *
-25 trainings, of 0.4 PFLOP and more, or two A100-hours and more. --scale small has another target,
-for a narrow network and a tenth of the images.
+25 trainings of at least 0.4 PFLOP, or two A100-hours. --scale small has another target, for a
+narrow network and a tenth of the images.
 """
 
 import sys
-from unittest.mock import patch
 
 import numpy as np
+import torch
 from torch import nn
 
 import airbench94
-from studies.common import COLOURS, Study, first_images, in_cell, new_figure, run_study, save_both
+from lab.networks import tta_level
+from lab.options import override
+from lab.summary import new_figure
+from studies.common import COLOURS, Study, first_images, in_cell, run_study, save_both
 from studies.flip import NARROW, FlipLoader
 
 SCALES = {
@@ -56,7 +60,7 @@ SCALES = {
     },
 }
 
-# What is set where a feature is missing.
+# What we set where a feature is missing.
 WITHOUT = {
     'whitening': [],
     'identity initialization': [],
@@ -67,7 +71,7 @@ WITHOUT = {
 }
 FEATURES = list(WITHOUT)
 
-# Epochs to 94%, where the paper's text has them (sections 3.2, 3.3, 3.6 and 5.1).
+# Epochs to 94%, where the paper's text says so (sections 3.2, 3.3, 3.6 and 5.1).
 PUBLISHED = {
     ('final', 'none'): 9.9,
     ('final', 'identity initialization'): 12.8,
@@ -77,7 +81,7 @@ PUBLISHED = {
 
 
 def variants():
-    """All trainings: (start, the feature that is taken from the final or added to the other)."""
+    """All trainings: (start, the feature that is removed from the final recipe, or added)."""
     found = [(start, 'none') for start in ('final', 'baseline')]
     for feature in FEATURES:
         found.append(('final', feature))
@@ -87,7 +91,7 @@ def variants():
 
 
 def features_of(start, feature):
-    """The set of features that a training has."""
+    """The features that a training has, as a set."""
     if start == 'final':
         return set(FEATURES) - {feature}
     return {'whitening', feature} & set(FEATURES)
@@ -96,16 +100,33 @@ def features_of(start, feature):
 #### Training ######################################################################################
 
 
-class PlainConv(airbench94.Conv):
-    """A convolution that begins as PyTorch's do."""
-
-    def reset_parameters(self):
-        nn.Conv2d.reset_parameters(self)
-
-
 def init_randomly(layer, images, eps):
-    """Instead of init_whitening_conv: the first layer begins as PyTorch's do, too."""
+    """Instead of init_whitening_conv: the first layer starts like PyTorch's, too."""
     nn.init.kaiming_uniform_(layer.weight, a=5**0.5)
+
+
+def forget_identity(net, seed):
+    """Let all convolutions of airbench94's network start like PyTorch's, which draw from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for module in net.modules():
+            if isinstance(module, airbench94.Conv):
+                shape = module.in_channels, module.out_channels, module.kernel_size
+                start = nn.Conv2d(*shape, bias=module.bias is not None)
+                module.load_state_dict(start.state_dict())
+
+
+def maker_of(has):
+    """A make_net for networks with the features in the set `has`."""
+
+    def make_net(hyp, num_classes, *, seed, **options):
+        net = airbench94.make_net(hyp, num_classes, seed=seed, **options)
+        if 'identity initialization' not in has:
+            forget_identity(net, seed)
+        net[0].weight.requires_grad = 'whitening' not in has  # then it learns
+        return net
+
+    return make_net
 
 
 def train(cell, seed, place):
@@ -114,19 +135,15 @@ def train(cell, seed, place):
     has = features_of(cell['start'], cell['feature'])
     changes = [change for name in FEATURES if name not in has for change in WITHOUT[name]]
     changes.append(f'opt.train_epochs={cell["epochs"]}')
-    hyp = airbench94.override(airbench94.hyp, [*settings['hyp'], *changes])
-    loader = place.training(hyp, settings['images'], FlipLoader)
-    loader.flips = 'alternating' if 'alternating flip' in has else 'random'
-    loader.replaced = False
-    conv = airbench94.Conv if 'identity initialization' in has else PlainConv
-    whiten = airbench94.init_whitening_conv if 'whitening' in has else init_randomly
-    with patch.multiple(airbench94, Conv=conv, init_whitening_conv=whiten):
-        options = {'device': loader.device, 'dtype': loader.dtype}
-        net = airbench94.make_net(hyp, len(loader.classes), **options)
-        net[0].weight.requires_grad = 'whitening' not in has  # it learns
-        place.train(airbench94, loader, hyp, seed, net=net)
+    hyp = override(airbench94.hyp, [*settings['hyp'], *changes])
+    flips = 'alternating' if 'alternating flip' in has else 'random'
+    loader = place.training_loader(hyp['opt']['batch_size'], hyp['aug'], FlipLoader, flips=flips)
+    functions = {'make_net': maker_of(has)}
+    if 'whitening' not in has:
+        functions['init_whitening_conv'] = init_randomly
+    net = place.train(airbench94, loader, hyp, seed, **functions)
     tests = first_images(place.test_loader, settings['tests'])
-    return {'tta_val_acc': airbench94.evaluate(net, tests, hyp['net']['tta_level'])}
+    return {'tta_val_acc': airbench94.evaluate(net, tests, tta_level(hyp))}
 
 
 #### The search ####################################################################################
@@ -162,9 +179,9 @@ def plan(settings, records):
 
 
 def epochs_to(target, epochs, errors):
-    """The epochs at which a line in logarithms, through these points, has the target's error.
+    """Where a line through these points, in logarithms, has the target's error.
 
-    NaN if the errors do not fall, or the line would have to go on for more than twice the epochs.
+    NaN if the errors do not fall, or if that is at less than half or more than twice the epochs.
     """
     slope, intercept = np.polyfit(np.log(epochs), np.log(errors), 1)
     if slope >= 0:
@@ -176,20 +193,20 @@ def epochs_to(target, epochs, errors):
 
 
 def resample(errors, rng):
-    """Of {epochs: the errors of networks}: as many of them, drawn with replacement."""
+    """{epochs: the errors of networks}, with as many of them drawn with replacement."""
     return {epochs: rng.choice(values, len(values)) for epochs, values in errors.items()}
 
 
 def epochs_of(errors, target):
-    """epochs_to of {epochs: the errors of networks}."""
+    """`epochs_to` for {epochs: the errors of networks}."""
     epochs = [epochs for epochs, values in errors.items() for _ in values]
     return epochs_to(target, epochs, np.concatenate(list(errors.values())))
 
 
 def found_epochs(records, target, resamples=200):
-    """{(start, feature): epochs to the target, then those of `resamples` bootstraps}.
+    """{(start, feature): an array with the epochs to the target, and with each bootstrap's}.
 
-    Of those for which two or more numbers of epochs have been tried.
+    It has those for which at least two numbers of epochs were tried.
     """
     rng = np.random.default_rng(0)
     found = {}
@@ -205,14 +222,14 @@ def found_epochs(records, target, resamples=200):
 
 
 def value_and_interval(samples):
-    """(the first sample, the ends of the 95% interval of all); NaN if the first is."""
+    """(the first sample, the ends of the 95% interval of all), or NaNs if the first is NaN."""
     if np.isnan(samples[0]):
         return np.nan, np.nan, np.nan
     return samples[0], *np.nanpercentile(samples, [2.5, 97.5])
 
 
 def savings(found, feature):
-    """What a feature saves (the final recipe, the baseline), in epochs, each with its interval."""
+    """The epochs that a feature saves (the final recipe, the baseline), with their intervals."""
     unknown = np.array([np.nan])
     final = found.get(('final', feature), unknown) - found.get(('final', 'none'), unknown)
     baseline = found.get(('baseline', 'none'), unknown) - found.get(('baseline', feature), unknown)
@@ -240,7 +257,7 @@ def print_table(found, target):
 
 
 def draw(found, target, stem):
-    """Figure 4: the epochs that each feature saves, to both ends."""
+    """Figure 4: the epochs that each feature saves the final recipe and the baseline."""
     figure = new_figure(8, 3.6)
     axes = figure.subplots()
     places = np.arange(len(FEATURES))

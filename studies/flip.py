@@ -1,19 +1,21 @@
 """Alternating flip against random flip and none (Jordan 2024, Tables 1, 2 and 6, Figures 1 and 5).
 
-    python -m studies.flip                                  # in 40 minutes, on two CPU cores
+    python -m studies.flip                                  # 40 minutes on two CPU cores
     torchrun --nproc_per_node=8 -m studies.flip --scale paper --out logs/flip --data cifar10
     python -m studies.flip --show --out logs/flip           # the table and the pictures again
 
-A network is trained with each kind of flip, for several numbers of epochs. Random flip tosses a
-coin for each image in each epoch; the loader's alternating flip tosses one, and turns it over after
-each epoch (section 3.6). The speedup is the paper's: the epochs that random flip would need for the
-error of alternating flip, by a power law fitted to its errors, over the epochs which that took.
-"Replaced" epochs draw the images with replacement, and do not reshuffle them (Table 1).
+We train networks with each kind of flip, for several numbers of epochs. Random flip tosses a coin
+for each image in each epoch. The loader's alternating flip tosses one coin per image, and turns it
+over after each epoch (section 3.6). The speedup is defined as in the paper: a power law, fitted to
+the errors of random flip, says how many epochs random flip needs for the error of alternating flip;
+we divide them by the epochs of alternating flip. "Replaced" epochs draw the images with replacement
+instead of shuffling them (Table 1).
 
---scale paper is Table 6 for airbench94, n=400: about 5000 PFLOP a row of four numbers of epochs
-and three kinds of flip, or 13 A100-hours, at 0.36 PFLOP in 3.29 seconds. Of --net airbench96 the
-paper has the speedups, with cutout. --scale small trains a narrow network on 2500 images, flips
-being the only augmentation, so that it fits them within the epochs, as airbench94 fits the set.
+--scale paper is Table 6 for airbench94, n=400. Its four numbers of epochs with three kinds of flip
+cost about 5000 PFLOP per cutout, or 13 A100-hours at 0.36 PFLOP in 3.29 seconds. For --net
+airbench96 the paper has the speedups, with cutout. --scale small trains a narrow network on 2500
+images. Flips are its only augmentation, so that it fits its images within these epochs, as
+airbench94 fits CIFAR-10.
 """
 
 import sys
@@ -25,22 +27,22 @@ import torch
 import airbench94
 import airbench95
 import airbench96
+from lab.errors import UserError
+from lab.options import override
+from lab.summary import new_figure
 from studies.common import (
     COLOURS,
     Study,
-    UserError,
     by_seed,
-    first_images,
     in_cell,
     mean_and_interval,
-    new_figure,
     paired_p,
     run_study,
     save_both,
     whole_seeds,
 )
 
-SCRIPTS = {'airbench94': airbench94, 'airbench95': airbench95, 'airbench96': airbench96}
+RECIPES = {'airbench94': airbench94, 'airbench95': airbench95, 'airbench96': airbench96}
 FLIPS = ['none', 'random', 'alternating']
 NARROW = ['net.widths.block1=8', 'net.widths.block2=32', 'net.widths.block3=64']
 SCALES = {
@@ -66,7 +68,7 @@ SCALES = {
         'runs': 2,
     },
 }
-# Mean accuracy in percent of airbench94, n=400, of each of FLIPS: Table 6.
+# Table 6: mean accuracy of airbench94 in percent, n=400, with each of FLIPS.
 # (epochs, cutout, whether with TTA)
 PUBLISHED = {
     (10, 0, False): (92.3053, 93.0988, 93.2798),
@@ -87,16 +89,24 @@ PUBLISHED = {
     (80, 12, True): (94.5253, 95.1839, 95.2362),
 }
 
-# Speedup of airbench96 in percent at 10, 20, 40 and 80 epochs, with cutout: Table 2.
+# Table 2: speedup of airbench96 in percent at 10, 20, 40 and 80 epochs, with cutout.
 # (whether with TTA)
 PUBLISHED_96 = {False: (4.94, 8.99, 17.2, 18.8), True: (1.11, 3.58, 6.48, None)}
 
 
 class FlipLoader(airbench94.CifarLoader):
-    """A loader with two attributes more.
+    """A loader that mirrors images in another way.
 
-    flips: one of FLIPS. replaced: whether images are drawn with replacement.
+    Args:
+        flips: one of FLIPS.
+        replaced: whether images are drawn with replacement.
+        The others are CifarLoader's.
     """
+
+    def __init__(self, *args, flips, replaced=False, **options):
+        super().__init__(*args, **options)
+        self.flips = flips
+        self.replaced = replaced
 
     def draw(self, epoch):
         draws = super().draw(epoch)
@@ -115,7 +125,7 @@ class FlipLoader(airbench94.CifarLoader):
 
 
 def plan(settings, records):
-    """Table 6's cells, and of Table 1 those that draw with replacement; seed by seed."""
+    """Table 6's cells, and those of Table 1 that draw with replacement; seed by seed."""
     jobs = []
     for seed in range(settings['runs']):
         for epochs in settings['epochs']:
@@ -130,16 +140,18 @@ def plan(settings, records):
 
 
 def train(cell, seed, place):
-    """A network's accuracies, in [0, 1], without and with test-time augmentation."""
+    """A network's accuracies, in [0, 1], without and with test-time augmentation.
+
+    As in the paper, that mirrors the test images whatever the flips in training were.
+    """
     settings = place.settings
     changes = [f'opt.train_epochs={cell["epochs"]}', f'aug.cutout={cell["cutout"]}']
-    script = SCRIPTS[settings['net']]
-    hyp = script.override(script.hyp, [*settings['hyp'], *changes])
-    loader = place.training(hyp, settings['images'], FlipLoader)
-    loader.flips = cell['flip']
-    loader.replaced = cell['replaced']
-    net = place.train(script, loader, hyp, seed)
-    return place.accuracies(net, hyp['net']['tta_level'])
+    recipe = RECIPES[settings['net']]
+    hyp = override(recipe.hyp, [*settings['hyp'], *changes])
+    how = {'flips': cell['flip'], 'replaced': cell['replaced']}
+    loader = place.training_loader(hyp['opt']['batch_size'], hyp['aug'], FlipLoader, **how)
+    net = place.train(recipe, loader, hyp, seed)
+    return place.accuracies(net, hyp)
 
 
 #### Estimates #####################################################################################
@@ -150,7 +162,7 @@ def power_law(epochs, a, b, c):
 
 
 def fit_power_law(epochs, errors):
-    """(a, b, c) of error = c + b * epochs^a, with a below and b, c above 0, by least squares."""
+    """(a, b, c) of error = c + b * epochs^a, by least squares, with a <= 0 <= b, c."""
     epochs = np.array(epochs, float)
     errors = np.array(errors)
     start = (-1, np.ptp(errors) * min(epochs), min(errors))
@@ -163,10 +175,13 @@ def fit_power_law(epochs, errors):
 
 
 def speedup(law, at, error):
-    """How much longer a training needs for the `error` that another has after `at` epochs.
+    """How much longer a training takes for the `error` that another one has after `at` epochs.
 
-    law: the former's, of fit_power_law. Longer by 0.27 in the paper's example, and infinite for an
-    error that the power law never reaches.
+    It takes 0.27 times longer in the paper's example, and infinitely longer for an error that the
+    power law never reaches.
+
+    Args:
+        law: of the training that takes longer, from fit_power_law.
     """
     a, b, c = law
     if error <= c:
@@ -175,14 +190,14 @@ def speedup(law, at, error):
 
 
 def speedups(epochs, random, alternating):
-    """The speedup at each of `epochs`, by the mean errors (seeds, epochs) of both."""
+    """The speedup at each of `epochs`, from the mean over seeds of errors (seeds, epochs)."""
     law = fit_power_law(epochs, random.mean(0))
     pairs = zip(epochs, alternating.mean(0))
     return np.array([speedup(law, at, error) for at, error in pairs])
 
 
 def speedup_intervals(epochs, random, alternating, resamples=100):
-    """The 95% interval of each speedup, by bootstrap over the seeds: (2, epochs)."""
+    """The 95% interval of each speedup, from a bootstrap over the seeds: (2, epochs)."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(resamples):
@@ -195,7 +210,7 @@ def speedup_intervals(epochs, random, alternating, resamples=100):
 
 
 def errors_of(records, key, **settings):
-    """The errors in percent of a cell's networks, by seed."""
+    """The errors of a cell's networks in percent, sorted by seed."""
     return np.array([100 * (1 - record[key]) for record in by_seed(records, **settings)])
 
 
@@ -244,7 +259,7 @@ def print_rows(records, key, cutout):
 
 
 def print_reshuffling(records):
-    """Table 1: epochs that are reshuffled, and those that draw images with replacement."""
+    """Table 1: epochs that shuffle the images, and epochs that draw them with replacement."""
     epochs = settings_of(records, 'epochs')[0]
     print(f'\nwith TTA, {epochs} epochs:            random flip    alternating flip')
     gains = 0
@@ -309,19 +324,16 @@ def draw_curves(records, stem):
 
 
 def draw_strip(stem, seed=1, epochs=6):
-    """Figure 1: one image, a digit of scikit-learn's, as each kind of flip shows it."""
-    options = {'device': 'cpu', 'dtype': torch.float32}
-    loader = first_images(airbench94.CifarLoader('digits', True, 4, **options), 4, FlipLoader)
-    loader.aug = loader.aug | {'flip': True}
-    loader.seed = seed
-    loader.replaced = False
+    """Figure 1: one image, one of scikit-learn's digits, as each kind of flip shows it."""
+    images, labels = [values[:4] for values in airbench94.load_digits(True)]
+    image = images[3].numpy()
+    options = {'seed': seed, 'device': 'cpu', 'dtype': torch.float32}
     figure = new_figure(7, 2.6)
     grid = figure.subplots(2, epochs)
     for row, flips in zip(grid, FLIPS[1:]):
-        loader.flips = flips
+        loader = FlipLoader(images, labels, aug={'flip': True}, flips=flips, **options)
         for epoch, axes in enumerate(row):
             is_mirrored = bool(loader.draw(epoch)['flip'][3])
-            image = loader.images[3].numpy()
             axes.imshow(image[:, ::-1] if is_mirrored else image, interpolation='nearest')
             axes.set(xticks=[], yticks=[], xlabel='mirrored' if is_mirrored else '')
             if flips == 'random':
@@ -341,7 +353,7 @@ def show(config, records, folder):
     draw_strip(folder / 'strip')
 
 
-STUDY = Study('flip', __doc__, {script: SCALES for script in SCRIPTS}, plan, train, show)
+STUDY = Study('flip', __doc__, {recipe: SCALES for recipe in RECIPES}, plan, train, show)
 
 if __name__ == '__main__':
     sys.exit(run_study(STUDY))

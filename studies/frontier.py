@@ -1,10 +1,10 @@
-"""Test error against operations: published trainings, and this repository's logs (Figure 3).
+"""Test error against operations: published recipes, and this repository's logs (Figure 3).
 
     python -m studies.frontier logs/*-h200.json logs/record94-cpu.json --out frontier
 
-Writes frontier.svg and frontier.png, and prints the same as a table. A LOG is one that
-`studies.report` reads; its point is the mean of its runs. The line is that of Jordan 2024: straight
-through his three trainings, by least squares of the logarithms. A point below it makes more of its
+Writes frontier.svg and frontier.png, and prints a table with the same points. A LOG is one that
+`python -m lab report` reads; its point is the mean of its runs. The line is fitted to the three
+recipes of Jordan 2024, by least squares in logarithms. A recipe below it makes more of its
 operations than they do.
 """
 
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from studies.common import COLOURS, Parser, UserError, exit_code, new_figure, save_both
-from studies.report import read_log
+from lab.errors import UserError, report_errors
+from lab.summary import new_figure, read_log
+from studies.common import COLOURS, Parser, save_both
 
 # (name, accuracy with TTA in percent, PFLOP) of CIFAR-10 trainings.
 PAPER = [  # Jordan 2024, abstract
@@ -37,18 +38,18 @@ def fit_line(points):
 
 
 def error_on_line(line, pflop):
-    """The error in percent of a training of so many PFLOP."""
+    """The error in percent that the line has at some PFLOP."""
     return 10 ** np.polyval(line, np.log10(pflop))
 
 
 def points_of(logs):
-    """The logs as points like those above, with n in the names. Raises UserError."""
+    """The logs as points like those above, with n in their names. Raises UserError."""
     points = []
     for log in logs:
         if len(log.accuracies) == 0 or np.isnan(log.pflop):
             raise UserError(f'{log.name}: has no accuracy or no PFLOP; leave it out')
         if not log.is_cifar10:
-            raise UserError(f'{log.name}: is no log of CIFAR-10; leave it out')
+            raise UserError(f'{log.name}: is not a log of CIFAR-10; leave it out')
         name = f'{log.name}, n={len(log.accuracies)}'
         points.append((name, 100 * log.accuracies.mean(), log.pflop))
     return points
@@ -73,7 +74,7 @@ def draw(groups, line, out):
         names, accuracies, pflop = zip(*points)
         errors = 100 - np.array(accuracies)
         axes.scatter(pflop, errors, color=colour, marker=marker, label=title, zorder=2)
-        # Ours lie beside those that they come from: their names go to the other side.
+        # Ours are next to those that they come from, so their names go to the other side.
         style = {'ha': 'left', 'va': 'bottom'}
         if title == OURS:
             style = {'ha': 'right', 'va': 'top'}
@@ -104,10 +105,11 @@ def frontier(argv):
     line = fit_line(PAPER)
     print_table(groups, line)
     draw(groups, line, args.out)
+    return 0
 
 
 def main(argv=None):
-    return exit_code('frontier.py', frontier, argv)
+    return report_errors('studies.frontier', frontier, argv)
 
 
 if __name__ == '__main__':

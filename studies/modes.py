@@ -1,4 +1,4 @@
-"""Plain training of networks, and the curves between them (Gotmare et al. 2019, section 2.1)."""
+"""Plain training, and curves between networks (Gotmare et al. 2019, section 2.1)."""
 
 from dataclasses import dataclass
 
@@ -10,28 +10,38 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import airbench94
 import swap94
-from studies.common import UserError, first_images
+from lab.data import progress
+from lab.errors import UserError
+from lab.options import override
+from lab.runs import write_tensors
+from studies.common import first_images
 from studies.networks import make_resnet, make_vgg
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # section 7.1
-STATISTICS = {'images': 10_000, 'batch_size': 500}  # BatchNorm's, at a point of a curve
+STATISTICS = {'images': 10_000, 'batch_size': 500}  # for BatchNorm's, at a point of a curve
 
 #### Networks ######################################################################################
 
 
 def make_airbench(num_classes, *, share, seed, device, dtype):
-    """This repository's own network, untrained; its first layer is still to be whitened."""
+    """airbench94's network, untrained. Its first layer still needs whitening."""
     widths = airbench94.hyp['net']['widths']
     own = [f'net.widths.{name}={max(1, round(share * w))}' for name, w in widths.items()]
-    hyp = airbench94.override(airbench94.hyp, own)
+    hyp = override(airbench94.hyp, own)
     kind = torch.float32 if dtype == torch.float32 else torch.bfloat16
     return airbench94.make_net(hyp, num_classes, seed=seed, device=device, dtype=kind)
 
 
 def make_network(name, loader, share, seed, variance=2.0):
-    """An untrained network for a loader's images. name: as `--net` has it; share: of all widths."""
+    """An untrained network for a loader's images.
+
+    Args:
+        name: as for `--net`.
+        share: of the network's full widths.
+        variance: of the initial weights; see networks.finish.
+    """
     options = {'share': share, 'seed': seed, 'device': loader.device, 'dtype': loader.dtype}
-    classes = len(loader.classes)
+    classes = loader.num_classes
     if name == 'airbench':
         net = make_airbench(classes, **options)
         images = loader.normalize(loader.images[:5000])
@@ -62,20 +72,23 @@ def cross_entropy(net, inputs, labels):
 
 
 def make_sgd(net, lr, weight_decay=WEIGHT_DECAY):
-    """SGD with momentum, of those parameters that learn."""
+    """SGD with momentum, for the parameters that learn."""
     trained = [p for p in net.parameters() if p.requires_grad]
     return torch.optim.SGD(trained, lr, momentum=MOMENTUM, weight_decay=weight_decay)
 
 
 def train(net, loader, optimizer, scheduler, epochs, *, loss=cross_entropy, on_epoch=None):
-    """Train for some epochs; the scheduler goes on with every step.
+    """Train for some epochs. The scheduler advances with every step.
 
-    loss(net, inputs, labels) is a mean. on_epoch(epoch) is called after each epoch, counted from 1.
     Raises UserError if the loss is not finite after an epoch.
+
+    Args:
+        loss: a function of (net, inputs, labels) that returns the mean over the batch.
+        on_epoch: a function that we call after each epoch with its number, from 1.
     """
     for epoch in range(1, epochs + 1):
         net.train()
-        for inputs, labels in airbench94.progress(loader, f'epoch {epoch}'):
+        for inputs, labels in progress(loader, f'epoch {epoch}'):
             optimizer.zero_grad(set_to_none=True)
             value = loss(net, inputs, labels)
             value.backward()
@@ -88,7 +101,7 @@ def train(net, loader, optimizer, scheduler, epochs, *, loss=cross_entropy, on_e
 
 
 def linear_decay(steps):
-    """The share of the first rate at a step, down to 0."""
+    """A function: the learning rate at a step, as a share of the first one. It ends at 0."""
 
     def share(step):
         return 1 - step / steps
@@ -97,7 +110,7 @@ def linear_decay(steps):
 
 
 def dropping(drops, factor=0.2):
-    """The share of the first rate at a step: times `factor` from each of these steps on."""
+    """The same, where the rate is multiplied by `factor` at each of the steps `drops`."""
 
     def share(step):
         return factor ** sum(step >= drop for drop in drops)
@@ -106,34 +119,29 @@ def dropping(drops, factor=0.2):
 
 
 def step_decay(steps_per_epoch, epochs):
-    """The share of the first rate at a step, with drops as far on as the paper's (7.1)."""
+    """The same, with drops at the paper's shares of the training (section 7.1)."""
     return dropping([place * epochs * steps_per_epoch for place in (0.3, 0.6, 0.8)])
 
 
 def train_by_steps(net, loader, lr, epochs, loss=cross_entropy):
-    """Train by SGD and step decay."""
+    """Train with SGD and step decay."""
     optimizer = make_sgd(net, lr)
     scheduler = LambdaLR(optimizer, step_decay(len(loader), epochs))
     train(net, loader, optimizer, scheduler, epochs, loss=loss)
 
 
 def loaders_of(place, batch_size, augmented=True):
-    """(training images of the scale, in such batches; as many test images).
+    """Loaders with as many training images as the scale has, and with as many test images.
 
     Digits are not mirrored.
     """
-    loader, tests = [
-        first_images(each, place.settings['images'])
-        for each in (place.train_loader, place.test_loader)
-    ]
-    loader.batch_size = batch_size
-    is_mirrored = augmented and loader.classes != list('0123456789')
-    loader.aug = {'flip': is_mirrored, 'translate': 4 * augmented, 'cutout': 0}
-    return loader, tests
+    aug = {'flip': augmented and not place.has_digits, 'translate': 4 if augmented else 0}
+    loader = place.training_loader(batch_size, aug)
+    return loader, first_images(place.test_loader, place.settings['images'])
 
 
 def weights_file(place, name, seed):
-    """Where a network's {name: parameter} is kept."""
+    """The file for a network's {name: parameter}."""
     folder = place.folder / 'networks'
     folder.mkdir(exist_ok=True)
     return folder / f'{name}-{seed}.pt'
@@ -141,26 +149,26 @@ def weights_file(place, name, seed):
 
 def save_weights(place, name, seed, weights):
     detached = {key: p.detach() for key, p in weights.items()}
-    airbench94.write_tensors(weights_file(place, name, seed), detached)
+    write_tensors(weights_file(place, name, seed), detached)
 
 
 def read_weights(place, name, seed):
-    device = place.train_loader.device
-    return torch.load(weights_file(place, name, seed), map_location=device, weights_only=True)
+    file = weights_file(place, name, seed)
+    return torch.load(file, map_location=place.device, weights_only=True)
 
 
 #### Curves ########################################################################################
 
 
 def chain(t):
-    """Shares of (one end, the bend, the other end) at t in [0, 1] of a polygonal chain."""
+    """The shares of (one end, the bend, the other end) at t in [0, 1] on a polygonal chain."""
     if t <= 0.5:
         return 1 - 2 * t, 2 * t, 0
     return 0, 2 - 2 * t, 2 * t - 1
 
 
 def bezier(t):
-    """The same of a quadratic Bezier curve."""
+    """The same for a quadratic Bezier curve."""
     return (1 - t) ** 2, 2 * t * (1 - t), t**2
 
 
@@ -169,9 +177,10 @@ KINDS = {'chain': chain, 'bezier': bezier}
 
 @dataclass
 class Curve:
-    """Networks from one to another. All are {name: parameter}; kind: one of KINDS.
+    """A curve from one network to another, with a bend, which learns.
 
-    The bend learns. A curve with the bend in the middle of its ends is the segment.
+    All three are {name: parameter}, and kind is one of KINDS. If the bend is in the middle of the
+    ends, the curve is a segment.
     """
 
     first: dict
@@ -190,9 +199,9 @@ class Curve:
 
 
 def new_curve(first, last, net, kind='chain'):
-    """A curve whose bend is in the middle of two networks, {name: parameter}.
+    """A curve between two networks, {name: parameter}, with its bend in the middle.
 
-    Of its bend, those parameters learn that learn in `net`.
+    The parameters of the bend that learn are those that learn in `net`.
     """
     bend = {}
     for name, p in net.named_parameters():
@@ -202,10 +211,10 @@ def new_curve(first, last, net, kind='chain'):
 
 
 def train_curve(curve, net, loader, lr, epochs, seed, on_epoch=None):
-    """Lower the curve's expected loss, over t ~ U(0, 1), by SGD on its bend.
+    """Lower the curve's expected loss, over t ~ U(0, 1), with SGD on its bend.
 
-    net: of the kind of its networks. The rate is constant for half of the epochs, and falls to a
-    hundredth in the next 0.4, as in Garipov et al. 2018 (arXiv:1802.10026).
+    The learning rate is constant for half of the epochs, and then falls to a hundredth within 0.4
+    of them, as in Garipov et al. 2018 (arXiv:1802.10026). `net` is any network of the curve's kind.
     """
     rng = np.random.default_rng(seed)
     bend = [p for p in curve.bend.values() if p.requires_grad]
@@ -231,13 +240,13 @@ def load_parameters(net, weights):
 
 
 def measure(net, weights, train_loader, test_loader):
-    """Mean losses, and accuracies in [0, 1], of the network with these parameters.
+    """Mean losses and accuracies, in [0, 1], of the network with these parameters.
 
-    On unaugmented images; BatchNorm's statistics are recomputed.
+    They are measured without augmentation, after recomputing BatchNorm's statistics.
     """
     load_parameters(net, weights)
     if any('running' in name for name, _ in net.named_buffers()):
-        swap94.recompute_statistics(net, train_loader, STATISTICS, swap94.Team())
+        swap94.recompute_statistics(net, train_loader, STATISTICS, swap94.Ranks())
     found = {}
     for name, loader in (('train', train_loader), ('val', test_loader)):
         logits = airbench94.infer(net, loader).float()
@@ -247,17 +256,17 @@ def measure(net, weights, train_loader, test_loader):
 
 
 def measure_curve(curve, net, loaders, points):
-    """The measures of so many points, evenly from t = 0 to 1: a list."""
+    """A list with what `measure` finds at so many points, evenly spaced from t = 0 to 1."""
     with torch.no_grad():
         return [measure(net, curve.weights(t), *loaders) for t in np.linspace(0, 1, points)]
 
 
 def values_of(points, key):
-    """Losses as they are, accuracies as errors in percent."""
+    """An array of the points' losses, or of their errors in percent if `key` is an accuracy."""
     values = np.array([point[key] for point in points])
     return values if key.endswith('loss') else 100 * (1 - values)
 
 
 def barrier(values):
-    """The largest value on a way less that of its worse end."""
+    """The largest value on a path minus the larger of the values at its ends."""
     return max(values) - max(values[0], values[-1])

@@ -1,4 +1,4 @@
-"""Networks of the papers that the scripts do not have, each a torch.nn.Module."""
+"""The papers' networks that the recipes don't have, each a torch.nn.Module."""
 
 import torch
 import torchvision.models.resnet
@@ -17,7 +17,7 @@ def conv_norm(channels_in, channels_out):
 
 
 class Residual(nn.Module):
-    """Two convolutions, added to their input."""
+    """Two conv layers whose result is added to their input."""
 
     def __init__(self, channels):
         super().__init__()
@@ -28,10 +28,11 @@ class Residual(nn.Module):
 
 
 def make_resnet9(width=64, num_classes=10, *, seed=0, device, dtype):
-    """The ResNet-9 of DAWNBench that SWAP's paper trains: (N, 3, 32, 32) -> logits (N, classes).
+    """DAWNBench's ResNet-9, as in SWAP's paper: (N, 3, 32, 32) -> logits (N, num_classes).
 
-    By David Page, https://github.com/davidcpage/cifar10-fast. width: channels of the first layer.
-    As in swap94.make_net, BatchNorm is of fp32 at least, and bfloat16 is that of torch.autocast.
+    By David Page, https://github.com/davidcpage/cifar10-fast. `width` is the first layer's number
+    of channels. As in swap94.make_net, BatchNorm is at least fp32, and bfloat16 means
+    torch.autocast.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -62,17 +63,18 @@ def make_resnet9(width=64, num_classes=10, *, seed=0, device, dtype):
     return net
 
 
-#### For training by plain SGD #####################################################################
+#### For training with plain SGD ###################################################################
 
 VGG_LAYERS = {11: torchvision.models.vgg.cfgs['A'], 16: torchvision.models.vgg.cfgs['D']}
 RESNET_BLOCKS = {18: ((64, 128, 256, 512), 2), 32: ((16, 32, 64), 5)}  # (channels, blocks of each)
 
 
 def finish(layers, variance, device, dtype):
-    """The network of some layers, in channels_last, with new weights.
+    """A network with these layers, in channels_last, with new weights.
 
-    They are normal, with `variance` over the number of inputs, and biases are 0 (Gotmare et al.
-    2019, section 7.1). They are of fp32, and trained by torch.autocast where `dtype` is smaller.
+    The weights are normally distributed, with `variance` divided by the number of inputs, and the
+    biases are 0 (Gotmare et al. 2019, section 7.1). They are fp32; if `dtype` is smaller, the
+    network uses torch.autocast.
     """
     net = Net(*layers, autocast=dtype != torch.float32)
     for module in net.modules():
@@ -87,10 +89,12 @@ def finish(layers, variance, device, dtype):
 def make_vgg(
     depth, num_classes=10, *, batchnorm=False, share=1.0, variance=2.0, seed, device, dtype
 ):
-    """VGG-11 or VGG-16 for images of 32 x 32 pixels: (N, 3, 32, 32) -> logits (N, classes).
+    """VGG-11 or VGG-16 for 32 x 32 images: (N, 3, 32, 32) -> logits (N, num_classes).
 
-    torchvision's convolutions, and a stack of three layers, of 512 units at most. share: of all
-    channels and units.
+    It has torchvision's convolutions, and then three linear layers with at most 512 units.
+
+    Args:
+        share: of all channels and units.
     """
     widths = [w if w == 'M' else round(share * w) for w in VGG_LAYERS[depth]]
     units = round(share * 512)
@@ -109,7 +113,7 @@ def make_vgg(
 
 
 def make_resnet(depth, num_classes=10, *, share=1.0, variance=2.0, seed, device, dtype):
-    """ResNet-18 or ResNet-32 for images of 32 x 32 pixels, of torchvision's blocks."""
+    """ResNet-18 or ResNet-32 for 32 x 32 images, with torchvision's blocks."""
     channels, blocks = RESNET_BLOCKS[depth]
     widths = [round(share * width) for width in channels]
     with torch.random.fork_rng(devices=[]):
@@ -128,8 +132,8 @@ def make_resnet(depth, num_classes=10, *, share=1.0, variance=2.0, seed, device,
 def residual_block(before, width, stride):
     shortcut = None
     if stride > 1:
-        # With a stride of its own, a convolution of 1 x 1 corrupts the memory of a CPU, if it has
-        # few channels in channels_last (torch 2.14.1). So a pool of 1 x 1 leaves pixels out.
+        # A 1 x 1 convolution with stride and few channels, in channels_last, corrupts memory on a
+        # CPU (torch 2.14.1). So a 1 x 1 pool leaves the pixels out.
         shortcut = nn.Sequential(
             nn.AvgPool2d(1, stride), nn.Conv2d(before, width, 1, bias=False), nn.BatchNorm2d(width)
         )
@@ -137,7 +141,7 @@ def residual_block(before, width, stride):
 
 
 def make_student(num_classes=10, *, share=1.0, variance=2.0, seed, device, dtype):
-    """The shallow network of section 5: twice (convolution, pool, ReLU), and three layers."""
+    """Section 5's shallow network: twice (convolution, pool, ReLU), then three linear layers."""
     widths = [round(share * width) for width in (32, 64, 256, 128)]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

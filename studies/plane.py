@@ -5,7 +5,9 @@ from operator import itemgetter
 
 import numpy as np
 
-from studies.common import UserError, new_figure, save_both
+from lab.errors import UserError
+from lab.summary import new_figure
+from studies.common import save_both
 
 LABEL = {'boxstyle': 'round,pad=0.1', 'facecolor': 'white', 'alpha': 0.7, 'edgecolor': 'none'}
 MARGIN = 0.4  # around the networks, as a share of their extent
@@ -15,7 +17,7 @@ MARGIN = 0.4  # around the networks, as a share of their extent
 class Plane:
     """The plane through three vectors of weights: origin + alpha u + beta v, with u, v orthonormal.
 
-    Raises UserError if the three lie on a line.
+    Raises UserError if the three are on a line.
     """
 
     vectors: list
@@ -28,7 +30,7 @@ class Plane:
         length = self.v.norm()
         self.v = self.v - self.v.dot(self.u) * self.u
         if not self.v.norm() > 1e-6 * length:
-            raise UserError('the three networks lie on a line, and span no plane: choose others')
+            raise UserError('the three networks are on a line, which is no plane: choose others')
         self.v = self.v / self.v.norm()
 
     def coordinates(self, vector):
@@ -48,10 +50,14 @@ class Plane:
 
 
 def draw_plane(points, marks, stem, path=()):
-    """Contours of the error on training and test images, and where the networks are.
+    """Draw contours of the error on training and test images, and where the networks are.
 
-    points: records with 'alpha', 'beta', 'train_acc' and 'val_acc', on a grid. marks: {name:
-    (alpha, beta)}. The star is the point of the least test error. path: places of a training.
+    A star marks the point with the smallest test error.
+
+    Args:
+        points: records with 'alpha', 'beta', 'train_acc' and 'val_acc', on a grid.
+        marks: {name: (alpha, beta)} of networks.
+        path: (alpha, beta) of the networks that a training went through.
     """
     alphas, betas = [sorted({point[axis] for point in points}) for axis in ('alpha', 'beta')]
     best = max(points, key=itemgetter('val_acc'))

@@ -1,21 +1,21 @@
-"""How alike the layers of two networks are: SVCCA (Gotmare et al. 2019, section 2.2).
+"""How similar the layers of two networks are: SVCCA (Gotmare et al. 2019, section 2.2).
 
-    python -m studies.svcca                                 # in five minutes, on two CPU cores
-    python -m studies.svcca A.pt B.pt --out logs/alike      # any two that --save has written
+    python -m studies.svcca                                 # five minutes on two CPU cores
+    python -m studies.svcca A.pt B.pt --out logs/alike      # any two networks that --save wrote
     python -m studies.svcca --show --out logs/alike         # the table and the pictures again
 
-Singular vector canonical correlation analysis (Raghu et al. 2017, arXiv:1706.05806) takes what the
-layers of two networks answer to the same test images; of each layer those principal directions that
-have 99% of the variance; and then the pairs of directions, one in each, that correlate most. The
-mean of the correlations is 1 if each layer is a linear image of the other. A convolution's maps are
-first transformed by Fourier, and compared frequency by frequency, of which the mean is taken. Where
-two layers' maps have different sizes, the lowest frequencies are compared that both have: with a
-layer of the head, which has no places, the mean of the map.
+Singular vector canonical correlation analysis (Raghu et al. 2017, arXiv:1706.05806) looks at the
+outputs of both networks' layers for the same test images. For each layer it finds the principal
+directions with 99% of the variance, and then the pairs of directions, one from each layer, that
+correlate most. The mean of these correlations is 1 if the layers are linear images of each other.
+We Fourier-transform the maps of a convolution, compare them frequency by frequency, and take the
+mean. If two layers' maps have different sizes, we compare the lowest frequencies, which both have.
+A linear layer has no maps, so we compare it with the means of the other layer's maps.
 
-Two networks are trained from different initial weights, for several pairs of seeds. Compared are
-both after training, and one with itself before it. --scale paper is VGG-16 of full width on all
-images, 100 epochs each: 28 PFLOP a seed, or 4 A100-minutes at airbench94's rate of 0.36 PFLOP in
-3.29 seconds. --scale small trains narrow networks on 1000 images.
+The study trains pairs of networks from different initial weights. It compares the two after
+training, and one of them with itself before training. --scale paper trains VGG-16 at full width on
+all images, for 100 epochs each: 28 PFLOP a seed, or 4 A100-minutes at airbench94's rate of 0.36
+PFLOP in 3.29 seconds. --scale small trains narrow networks on 1000 images.
 """
 
 import itertools
@@ -26,14 +26,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from studies.common import Study, load_network, mean_and_interval, new_figure, run_study, save_both
+from lab.errors import UserError
+from lab.summary import new_figure
+from studies.common import Study, mean_and_interval, run_study, save_both
 from studies.modes import loaders_of, make_network, train_by_steps
 
 SCALES = {
     'paper': {
         'images': None,  # of the training set: all
         'compared': 2000,  # test images
-        'share': 1.0,  # of the network's widths
+        'share': 1.0,  # of the network's full widths
         'epochs': 100,
         'batch_size': 100,
         'lr': 0.05,
@@ -50,7 +52,7 @@ SCALES = {
     },
     'smoke': {
         'images': 100,
-        'compared': 40,
+        'compared': 200,
         'share': 0.0625,
         'epochs': 1,
         'batch_size': 20,
@@ -59,15 +61,16 @@ SCALES = {
     },
 }
 GIVEN = ('A', 'B')
+IMAGES_PER_DIRECTION = 3  # at least: with fewer images, even noise correlates with noise
 
 #### Estimates #####################################################################################
 
 
 def principal(x, variance=0.99):
-    """Orthonormal directions of x, (..., n, features), that have so much of its variance.
+    """Orthonormal directions of x, (..., n, features), that hold this share of its variance.
 
-    x may be complex; its columns are centred first. Returns (directions (..., n, k), of which those
-    after the last one that is needed are 0; how many are needed (...)).
+    x may be complex; its columns are centred first. Returns (directions (..., n, k), how many of
+    them it takes (...)). The further directions are 0.
     """
     u, s, _ = torch.linalg.svd(x - x.mean(-2, keepdim=True), full_matrices=False)
     before = (s**2).cumsum(-1) - s**2
@@ -76,19 +79,19 @@ def principal(x, variance=0.99):
 
 
 def correlations(x, y):
-    """The canonical correlations of what `principal` returns, (..., k): largest first, then 0.
+    """The canonical correlations of two results of `principal`, (..., k): largest first, then 0.
 
-    As the directions are orthonormal, they are the singular values of the directions' product.
+    Since the directions are orthonormal, these are the singular values of their product.
     """
     (x, _), (y, _) = x, y
     return torch.linalg.svdvals(x.mH @ y).clamp(max=1)
 
 
 def frequencies(size):
-    """Rows and columns of the Fourier transform of real maps of size * size that are independent.
+    """The independent (row, column) places in the Fourier transform of real size x size maps.
 
-    A frequency's negative is its conjugate, so that one of them is left out. Those of smaller maps
-    are among those of larger ones.
+    The negative of a frequency holds its conjugate, so we leave one of the two out. Small maps'
+    places are also places of larger maps.
     """
     found = []
     for a, b in itertools.product(range(size), repeat=2):
@@ -98,9 +101,12 @@ def frequencies(size):
 
 
 class Layer:
-    """A layer's outputs to n images, as the principal directions of each of its frequencies.
+    """A layer's outputs for n images, as the principal directions of each of their frequencies.
 
-    outputs: (n, channels, size, size), or (n, features), whose one frequency is the mean.
+    Raises UserError if there are too few images to tell similar layers from others.
+
+    Args:
+        outputs: (n, channels, size, size); or (n, features), which have only the frequency 0.
     """
 
     def __init__(self, outputs):
@@ -111,9 +117,13 @@ class Layer:
         self.directions, self.needed = principal(
             torch.stack([spectrum[:, :, row, column] for row, column in self.places])
         )
+        directions = max(1, self.needed.max().item())
+        if len(outputs) < IMAGES_PER_DIRECTION * directions:
+            found = f'a layer has {directions} directions, and there are {len(outputs)} test images'
+            raise UserError(f'{found}: SVCCA needs at least {IMAGES_PER_DIRECTION} times as many')
 
     def at(self, places):
-        """(directions, how many are needed) of some of the frequencies."""
+        """(directions, how many it takes) of some of the frequencies."""
         chosen = [self.places[place] for place in places]
         return self.directions[chosen], self.needed[chosen]
 
@@ -121,7 +131,7 @@ class Layer:
 def similarity(first, second):
     """The mean canonical correlation of two Layers, over directions and common frequencies.
 
-    A frequency at which a layer answers all images alike has none, and counts as 0.
+    If a layer has the same output for all images at a frequency, that frequency counts as 0.
     """
     places = frequencies(min(first.size, second.size))
     x, y = first.at(places), second.at(places)
@@ -130,19 +140,22 @@ def similarity(first, second):
 
 
 def layers_of(net):
-    """{name: module} of its convolutions and linear layers, in order."""
+    """{name: module} of a network's convolutions and linear layers, in order."""
     kinds = (nn.Conv2d, nn.Linear)
     return {name: module for name, module in net.named_modules() if isinstance(module, kinds)}
 
 
 @torch.no_grad()
-def outputs_of(net, images):
-    """{layer: its outputs, on the CPU}, in evaluation mode. images: a batch."""
-    outputs = {}
+def observe(net, images):
+    """{name: Layer} of a network's convolutions and linear layers, for a batch of images.
+
+    The network stays in evaluation mode afterwards.
+    """
+    layers = {}
 
     def keep(name):
         def hook(module, inputs, output):
-            outputs[name] = output.float().cpu()
+            layers[name] = Layer(output.float().cpu())
 
         return hook
 
@@ -151,33 +164,32 @@ def outputs_of(net, images):
     net(images)
     for hook in hooks:
         hook.remove()
-    return outputs
+    return layers
 
 
 def similarities(first, second):
-    """A matrix: of each layer of the one with each of the other; {name: outputs} both."""
-    rows, columns = [[Layer(outputs) for outputs in net.values()] for net in (first, second)]
-    return [[similarity(x, y) for y in columns] for x in rows]
+    """A matrix: each layer of one network against each of another. Both are {name: Layer}."""
+    return [[similarity(x, y) for y in second.values()] for x in first.values()]
 
 
 #### Training ######################################################################################
 
 
 def plan(settings, records):
-    """A pair of networks a seed, or the one that is given."""
+    """A pair of networks for each seed, or the given pair."""
     seeds = range(1 if settings['files'] else settings['runs'])
     return [({'part': 'pair'}, seed) for seed in seeds]
 
 
 def train_network(seed, place, images):
-    """The layers' outputs to some images: (before training, after it)."""
+    """{name: Layer} of a network: (before training, after it)."""
     settings = place.settings
     loader, _ = loaders_of(place, settings['batch_size'])
     loader.seed = seed
     net = make_network(settings['net'], loader, settings['share'], seed)
-    before = outputs_of(net, images)
+    before = observe(net, images)
     train_by_steps(net, loader, settings['lr'], settings['epochs'])
-    return before, outputs_of(net, images)
+    return before, observe(net, images)
 
 
 def compared_images(place):
@@ -188,12 +200,11 @@ def compared_images(place):
 
 
 def compare(cell, seed, place):
-    """Similarities of the layers of two networks, and of one with itself before training."""
+    """Similarities of two networks' layers, and of one network's before and after training."""
     images = compared_images(place)
     files = place.settings['files']
     if files:
-        nets = [load_network(file, place.test_loader)[0] for file in files]
-        first, second = [outputs_of(net, images) for net in nets]
+        first, second = [observe(place.load_network(file), images) for file in files]
         found = {'two networks': similarities(first, second)}
     else:
         at_start, first = train_network(2 * seed, place, images)
@@ -209,7 +220,7 @@ def compare(cell, seed, place):
 
 
 def mean_matrices(records):
-    """{what is compared: (seeds, layers, layers)}."""
+    """{what we compare: similarities (seeds, layers, layers)}."""
     kinds = records[0]['similarities']
     return {kind: np.array([record['similarities'][kind] for record in records]) for kind in kinds}
 
@@ -223,7 +234,7 @@ def print_table(matrices):
 
 
 def draw_matrices(matrices, stem, networks=('first', 'second')):
-    """A heat map of each {title: matrix} of similarities, of layers of the two networks."""
+    """A heat map for each {title: similarities of two networks' layers}."""
     columns = min(2, len(matrices))
     rows = math.ceil(len(matrices) / columns)
     first, second = np.shape(next(iter(matrices.values())))

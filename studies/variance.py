@@ -1,26 +1,26 @@
 """How accuracies vary between runs, and whether networks are calibrated (Jordan 2024, Table 4).
 
-    python -m studies.variance                              # in 20 minutes, on two CPU cores
+    python -m studies.variance                              # 20 minutes on two CPU cores
     torchrun --nproc_per_node=8 -m studies.variance --scale paper --out logs/variance
     python -m studies.variance --show --out logs/variance   # the table and the pictures again
 
-Networks that differ in their seeds alone differ in test accuracy. Most of that is no difference in
-quality: on other test images of the same distribution, other networks would be the best ones. What
-the table gives, without and with test-time augmentation (section 5.3):
+Networks with different seeds have different test accuracies. Most of that is not a difference in
+quality: on other test images from the same distribution, other networks would be the best. The
+table shows, without and with test-time augmentation (section 5.3):
 
-- the standard deviation of the accuracy on the test set, in the histograms (Figure 6);
-- the distribution-wise standard deviation, of the accuracies on infinitely many test images: the
-  root of the mean covariance between two test images' being right (Jordan, "Calibrated chaos",
-  2023, arXiv:2304.01910). By chance its square can be negative, which the table says;
-- the class-aggregated calibration error: by how much the share of networks that vote for a class
-  and the share of images that are of it differ, among the images with that share of votes, summed
-  over all shares (Jiang et al. 2021, arXiv:2106.13799). It falls with the number of networks, as
-  few of them vote in coarse shares: compare those of one column alone.
+- the standard deviation of the accuracy on the test set, as in the histograms (Figure 6);
+- the distribution-wise standard deviation, which is that of the accuracy on infinitely many test
+  images. Its square is the mean covariance of two test images being right (Jordan, "Calibrated
+  chaos", 2023, arXiv:2304.01910). The estimate of the square can be "below 0" by chance;
+- the class-aggregated calibration error (CACE). Among the images for which a certain share of the
+  networks vote for a class, as large a share should be of that class. The error sums up how far off
+  this is (Jiang et al. 2021, arXiv:2106.13799). It falls with the number of networks, because the
+  votes of a few networks are coarse. So only compare cells with equally many networks.
 
---scale paper trains 10,000 networks in each of three cells: 14,000 PFLOP, or 37 A100-hours, at
-0.36 PFLOP in 3.29 seconds. --scale small trains a narrow network on a tenth of the images. The
-test logits lie beside the records, in half precision, 400 kB a network; OUT/votes.npz counts how
-many networks vote for each class of each image, and is enough for table and pictures.
+--scale paper trains 10,000 networks in each of three cells: 14,000 PFLOP, or 37 A100-hours at 0.36
+PFLOP in 3.29 seconds. --scale small trains a narrow network on a tenth of the images. The test
+logits are kept with the records, in half precision, 400 kB a network. OUT/votes.npz counts how many
+networks vote for each class of each image, which is enough for table and pictures.
 """
 
 import io
@@ -31,16 +31,11 @@ import numpy as np
 import scipy.stats
 
 import airbench94
-from studies.common import (
-    COLOURS,
-    Study,
-    UserError,
-    cell_file,
-    in_cell,
-    new_figure,
-    run_study,
-    save_both,
-)
+from lab.errors import UserError
+from lab.networks import tta_level
+from lab.runs import write_atomically
+from lab.summary import new_figure
+from studies.common import COLOURS, Study, cell_file, in_cell, run_study, save_both
 
 SCALES = {
     'paper': {
@@ -70,7 +65,7 @@ SCALES = {
 CELLS = [(1, 1), (2, 1), (1.5, 1.5)]
 KINDS = ('plain', 'tta')  # of logits: without and with test-time augmentation
 
-# Table 4, n=10,000: (accuracy, test-set and distribution-wise deviation in percent, CACE).
+# Table 4, n=10,000: (accuracy, test-set and distribution-wise deviation in percent, CACE)
 PUBLISHED = {
     (1, 1, 'plain'): (93.25, 0.157, 0.037, 0.0312),
     (2, 1, 'plain'): (93.86, 0.152, 0.025, 0.0233),
@@ -95,24 +90,24 @@ def logits_file(folder, cell, seed):
 
 
 def train(cell, seed, place):
-    """A network's accuracies, in [0, 1]; its logits go into a file beside the record's."""
+    """A network's accuracies, in [0, 1]. Its logits go into a file next to the record's."""
     settings = place.settings
     widths = [round(cell['width'] * width) for width in settings['widths']]
     changes = [f'net.widths.block{i}={width}' for i, width in enumerate(widths, 1)]
     changes.append(f'opt.train_epochs={cell["epochs"] * settings["epochs"]}')
-    hyp = airbench94.override(airbench94.hyp, [*settings['hyp'], *changes])
-    loader = place.training(hyp, settings['images'])
+    hyp = place.hyp(airbench94, [*settings['hyp'], *changes])
+    loader = place.training_loader(hyp['opt']['batch_size'], hyp['aug'])
     net = place.train(airbench94, loader, hyp, seed)
     logits = {
         'plain': airbench94.infer(net, place.test_loader, 0),
-        'tta': airbench94.infer(net, place.test_loader, hyp['net']['tta_level']),
+        'tta': airbench94.infer(net, place.test_loader, tta_level(hyp)),
     }
     labels = place.test_loader.labels
     content = io.BytesIO()
     arrays = {kind: values.half().cpu().numpy() for kind, values in logits.items()}
     np.savez(content, labels=labels.cpu().numpy(), **arrays)
     file = logits_file(place.folder, cell, seed)
-    airbench94.write_atomically(file, content.getvalue())
+    write_atomically(file, content.getvalue())
     return {
         'val_acc': (logits['plain'].argmax(1) == labels).double().mean().item(),
         'tta_val_acc': (logits['tta'].argmax(1) == labels).double().mean().item(),
@@ -123,9 +118,11 @@ def train(cell, seed, place):
 
 
 def distribution_variance(accuracies, shares):
-    """The variance of the networks' accuracies on infinitely many images, without bias.
+    """An unbiased estimate of the variance of accuracies on infinitely many images.
 
-    accuracies: (networks,), in [0, 1]. shares: (images,), of the networks that are right.
+    Args:
+        accuracies: (networks,), in [0, 1].
+        shares: (images,), the share of the networks that are right about each image.
     """
     networks, images = len(accuracies), len(shares)
     of_test_set = accuracies.var(ddof=1)
@@ -135,9 +132,11 @@ def distribution_variance(accuracies, shares):
 
 
 def calibration_error(votes, labels):
-    """The class-aggregated calibration error of votes (images, classes), shares of the networks.
+    """The class-aggregated calibration error.
 
-    labels: int (images,).
+    Args:
+        votes: (images, classes), the share of the networks that vote for each class.
+        labels: int (images,).
     """
     is_class = np.eye(votes.shape[1])[labels]
     shares, place = np.unique(votes, return_inverse=True)
@@ -146,15 +145,17 @@ def calibration_error(votes, labels):
 
 
 def p_of_deviation(larger, smaller):
-    """p of "the deviation of `smaller` is not smaller", of pairs, by Pitman's and Morgan's test."""
+    """p of "the deviation of `smaller` is not smaller", from the Pitman-Morgan test of pairs."""
+    if np.allclose(larger, smaller):  # as with TTA for digits, which has no views
+        return 1.0
     pairs = scipy.stats.pearsonr(larger + smaller, larger - smaller, alternative='greater')
     return pairs.pvalue
 
 
 def p_of_calibration(larger, smaller, labels, resamples=200):
-    """p of "the calibration error of the votes `smaller` is not smaller", by bootstrap over images.
+    """p of "the calibration error of `smaller` is not smaller", from a bootstrap over images.
 
-    larger, smaller: (images, classes), shares of the networks.
+    larger and smaller are votes, as for `calibration_error`.
     """
     rng = np.random.default_rng(0)
     contrary = 1  # so that p is never 0
@@ -167,9 +168,12 @@ def p_of_calibration(larger, smaller, labels, resamples=200):
 
 
 def runs_needed(effect, deviation, p=0.05):
-    """How many runs show that an effect on the mean is no chance, on average (section 1).
+    """How many runs it takes, on average, to show that an effect is not chance (section 1).
 
-    effect, deviation: of accuracy, both in the same unit. p: of a one-sided test.
+    Args:
+        effect: on the mean accuracy.
+        deviation: between runs, in the same unit.
+        p: of a one-sided test.
     """
     return math.ceil((scipy.stats.norm.isf(p) * deviation / effect) ** 2)
 
@@ -178,7 +182,7 @@ def runs_needed(effect, deviation, p=0.05):
 
 
 def count_votes(records, folder, kind):
-    """(int (images, classes): how many networks vote for it; int (images,): labels)."""
+    """(how many networks vote for each class, int (images, classes); labels, int (images,))."""
     votes = 0
     for record in records:
         with np.load(logits_file(folder, record['cell'], record['seed'])) as arrays:
@@ -189,7 +193,7 @@ def count_votes(records, folder, kind):
 
 
 def read_votes(folder, cells):
-    """The arrays of votes.npz, which is made anew of the logits if these are there."""
+    """The arrays in votes.npz, which is made again if the logits are there."""
     file = folder / 'votes.npz'
     if (folder / 'cells').is_dir():
         arrays = {}
@@ -198,13 +202,13 @@ def read_votes(folder, cells):
                 arrays[f'{cell} {kind}'], arrays['labels'] = count_votes(records, folder, kind)
         content = io.BytesIO()
         np.savez_compressed(content, **arrays)
-        airbench94.write_atomically(file, content.getvalue())
+        write_atomically(file, content.getvalue())
     with np.load(file) as arrays:
         return dict(arrays)
 
 
 def describe(records, votes, labels, kind):
-    """What the table says of a cell's networks; kind: one of KINDS."""
+    """What the table says about a cell's networks; kind is one of KINDS."""
     key = {'plain': 'val_acc', 'tta': 'tta_val_acc'}[kind]
     accuracies = np.array([record[key] for record in records])
     shares = votes / len(records)
@@ -256,7 +260,7 @@ def print_runs_needed(deviation):
 
 
 def draw_histograms(described, stem):
-    """Figure 6: the accuracies, and the normal distribution of their mean and deviation."""
+    """Figure 6: the accuracies, and the normal distribution with their mean and deviation."""
     figure = new_figure(9, 3.2)
     for axes, kind in zip(figure.subplots(1, 2), KINDS):
         for ((epochs, width), rows), colour in zip(described.items(), COLOURS):
