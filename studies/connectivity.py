@@ -1,22 +1,26 @@
-"""Curves of low loss between networks that were trained differently (Gotmare et al. 2019, 2.1).
+"""Curves of low loss between differently trained networks (Gotmare et al. 2019, section 2.1).
 
-    python -m studies.connectivity                          # in half an hour, on two CPU cores
+    python -m studies.connectivity                              # half an hour on two CPU cores
     torchrun --nproc_per_node=8 -m studies.connectivity --scale paper --data cifar10
-    python -m studies.connectivity A.pt B.pt --out logs/curve   # two that --save has written
+    python -m studies.connectivity A.pt B.pt --out logs/curve   # two networks that --save wrote
     python -m studies.connectivity --show --out logs/curve      # the table and the pictures again
 
-Mode G is trained by SGD, with step decay, weight decay and augmentation. The others differ from it
-in one thing each: A in large batches, B in Adam, C in a rate that decays linearly, D in a hundredth
-of the weight decay, E in three times the variance of the initial weights, F in having no
-augmentation. Between G and each of them, a polygonal chain with one bend and a quadratic Bezier
-curve are trained for the least expected loss (section 2.1, Garipov et al. 2018, arXiv:1802.10026),
-and measured at some of the epochs; at epoch 0, they are the segment. A barrier is the largest loss
-on the way less the larger one of its ends. Without BatchNorm (--net vgg16) there is no mode E: from
-such weights, its first steps diverge here.
+A mode is a trained network. We train mode G with SGD, step decay, weight decay and augmentation.
+The other modes each differ from it in one thing:
 
---scale paper is the paper's: 200 epochs a mode and 80 a curve, 2400 epochs a seed. Of VGG-16 they
-are 230 PFLOP, or 35 A100-minutes at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small
-trains narrow networks on 1000 images.
+    A  large batches                D  a hundredth of the weight decay
+    B  Adam                         E  three times the variance of the initial weights
+    C  a linearly decaying rate     F  no augmentation
+
+Between G and each of them, we train a polygonal chain with one bend and a quadratic Bezier curve
+for the smallest expected loss (Garipov et al. 2018, arXiv:1802.10026), and measure them at some of
+the epochs. At epoch 0 they are the segment. A barrier is the largest loss on the curve minus the
+larger one at its ends. Without BatchNorm (--net vgg16) there is no mode E: from such weights,
+training diverges in its first steps.
+
+--scale paper is the paper's setting: 200 epochs a mode and 80 a curve, 2400 epochs a seed. With
+VGG-16 a seed costs 230 PFLOP, or 35 A100-minutes at airbench94's rate of 0.36 PFLOP in 3.29
+seconds. --scale small trains narrow networks on 1000 images.
 """
 
 import sys
@@ -26,14 +30,13 @@ import torch
 from sklearn.manifold import TSNE
 from torch.optim.lr_scheduler import LambdaLR
 
+from lab.errors import UserError
+from lab.summary import new_figure
 from studies.common import (
     COLOURS,
     Study,
-    UserError,
     in_cell,
-    load_network,
     mean_and_interval,
-    new_figure,
     paired_p,
     run_study,
     save_both,
@@ -63,7 +66,7 @@ OF_NETS = ['vgg16-bn', 'vgg16', 'airbench']
 SCALES = {
     'paper': {
         'images': None,  # of the training set: all
-        'share': 1.0,  # of the network's widths
+        'share': 1.0,  # of the network's full widths
         'epochs': 200,  # of a mode
         'batch_size': 100,
         'large_batch_size': 4000,
@@ -113,7 +116,7 @@ GIVEN = ('A', 'B')
 
 
 def modes_of(settings):
-    """The networks' names, of which the first is joined with each of the others."""
+    """The names of the networks. Curves join the first one with each of the others."""
     if settings['files']:
         return list(GIVEN)
     return [mode for mode in MODES if not (mode == 'E' and settings['net'] == 'vgg16')]
@@ -125,7 +128,7 @@ def pairs_of(settings):
 
 
 def plan(settings, records):
-    """Of each seed: the modes; the curves between those that are there; distances of them all."""
+    """For each seed: the modes, the curves between trained modes, and then all distances."""
     jobs = []
     pairs = pairs_of(settings)
     curves = [{'part': 'curve', 'pair': pair, 'kind': kind} for pair in pairs for kind in KINDS]
@@ -140,11 +143,11 @@ def plan(settings, records):
 
 
 def train_mode(mode, seed, place):
-    """A network that is trained as one of MODES."""
+    """A network, trained as one of MODES says."""
     own, settings = MODES[mode], place.settings
     batch_size = settings['large_batch_size' if own.get('large_batches') else 'batch_size']
     loader, _ = loaders_of(place, batch_size, own.get('augmented', True))
-    loader.seed = 100 * seed + list(MODES).index(mode)  # each begins elsewhere
+    loader.seed = 100 * seed + list(MODES).index(mode)  # each starts from other weights
     variance = own.get('variance', 2.0)
     net = make_network(settings['net'], loader, settings['share'], loader.seed, variance)
     weight_decay = own.get('weight_decay', WEIGHT_DECAY)
@@ -160,11 +163,11 @@ def train_mode(mode, seed, place):
 
 
 def make_mode(mode, seed, place):
-    """Save a mode, trained or given, and measure it."""
+    """Train a mode, or load a given one; save and measure it."""
     files = place.settings['files']
     loaders = loaders_of(place, place.settings['batch_size'])
     if files:
-        net, _ = load_network(files[GIVEN.index(mode)], loaders[0])
+        net = place.load_network(files[GIVEN.index(mode)])
     else:
         net = train_mode(mode, seed, place)
     weights = parameters_of(net)
@@ -173,17 +176,17 @@ def make_mode(mode, seed, place):
 
 
 def make_curve(pair, kind, seed, place):
-    """Train a curve between two modes, and measure it at some of the epochs."""
+    """Train a curve between two modes, and measure it after some of the epochs."""
     settings = place.settings
     loader, tests = loaders_of(place, settings['batch_size'])
     loader.seed = seed
     if settings['files']:
-        net, _ = load_network(settings['files'][0], loader)
+        net = place.load_network(settings['files'][0])
     else:
         net = make_network(settings['net'], loader, settings['share'], seed)
     first, last = [read_weights(place, mode, seed) for mode in pair]
     if {n: p.shape for n, p in first.items()} != {n: p.shape for n, p in last.items()}:
-        raise UserError('the two networks are not of one kind; choose others')
+        raise UserError('the two networks are of different kinds; choose others')
     curve = new_curve(first, last, net, kind)
     measured = []
 
@@ -199,7 +202,7 @@ def make_curve(pair, kind, seed, place):
 
 
 def measure_distances(seed, place):
-    """The Euclidean distances between modes and bends."""
+    """The Euclidean distances between all modes and bends."""
     names = modes_of(place.settings)
     names += [f'{pair}-{kind}' for pair in pairs_of(place.settings) for kind in KINDS]
     vectors = torch.stack([vector_of(read_weights(place, name, seed)) for name in names])
@@ -207,7 +210,7 @@ def measure_distances(seed, place):
 
 
 def train_part(cell, seed, place):
-    """A mode's measures, a curve's at its points, or all distances."""
+    """What we measure for a mode or a curve, or all distances."""
     if cell['part'] == 'mode':
         return make_mode(cell['mode'], seed, place)
     if cell['part'] == 'curve':
@@ -219,7 +222,7 @@ def train_part(cell, seed, place):
 
 
 def barriers_of(records, key, at, **settings):
-    """Of curves at a place in their epochs: the largest value less that of the worse end."""
+    """The barrier of each curve, at the place `at` in its list of epochs."""
     found = []
     for record in in_cell(records, part='curve', **settings):
         found.append(barrier(values_of(record['curves'][at], key)))
@@ -227,7 +230,7 @@ def barriers_of(records, key, at, **settings):
 
 
 def mean_barriers(records, key, at, kind):
-    """The same, in the mean of each seed's pairs."""
+    """The mean barrier of each seed's curves."""
     of_kind = in_cell(records, part='curve', kind=kind)
     means = []
     for seed in sorted({record['seed'] for record in of_kind}):
@@ -280,7 +283,7 @@ def draw_curves(records, pairs, points, stem):
 
 
 def draw_map(record, stem):
-    """Figure 10: t-SNE of modes and bends, which keeps what is near, but no distances."""
+    """Figure 10: modes and bends in t-SNE, which keeps neighbours together, but not distances."""
     names, distances = record['names'], np.array(record['distances'])
     options = {'metric': 'precomputed', 'init': 'random', 'perplexity': 4, 'random_state': 0}
     places = TSNE(**options).fit_transform(distances)
@@ -300,7 +303,7 @@ def show(config, records, folder):
     curves = in_cell(records, part='curve')
     pairs = [pair for pair in pairs if in_cell(curves, pair=pair, kind='chain')]
     if not pairs:
-        raise UserError(f'{folder}: has no curve yet; the same line again goes on')
+        raise UserError(f'{folder}: has no curve yet; the same command again goes on')
     print_table(records, pairs)
     draw_curves(records, pairs, settings['points'], folder / 'curves')
     distances = in_cell(records, part='distances')

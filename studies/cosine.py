@@ -4,12 +4,12 @@
     torchrun --nproc_per_node=8 -m studies.cosine --scale paper --net resnet9 --data cifar10
     python -m studies.cosine --show --out logs/mine         # the table and the picture again
 
-SWAP is trained, and then each of its workers again, which makes the same steps. At every step of
-phase 2 this takes the cosine between the descent, which is the negative gradient of the step's
-batch, and the way from the worker's weights to those of the average (section 4.2). The paper sees
-it fall as training goes on: the workers move around the middle of the basin, not towards it.
+We train SWAP, and then each of its workers once more, which takes the same steps. At every step of
+phase 2 we compute the cosine between the descent, which is the negative gradient of the step's
+batch, and the way from the worker's weights to those of the average (section 4.2). In the paper it
+falls as training goes on: the workers move around the middle of the basin, not towards it.
 
---scale paper trains 3 seeds: of ResNet-9, 270 PFLOP, or 40 A100-minutes at airbench94's rate of
+--scale paper trains 3 seeds: with ResNet-9, 270 PFLOP, or 40 A100-minutes at airbench94's rate of
 0.36 PFLOP in 3.29 seconds. --scale small trains narrow networks on a tenth of the images.
 """
 
@@ -21,16 +21,9 @@ import torch
 import torch.nn.functional as F
 
 import swap94
-from studies.common import (
-    COLOURS,
-    Study,
-    mean_and_interval,
-    new_figure,
-    paired_p,
-    run_study,
-    save_both,
-)
-from studies.swap import hyp_of, network, scales, train_swap
+from lab.summary import new_figure
+from studies.common import COLOURS, Study, mean_and_interval, paired_p, run_study, save_both
+from studies.swap import hyp_of, measure, scales, train_swap, train_worker
 
 SCALES = scales({'paper': {'runs': 3}, 'small': {'runs': 5}, 'smoke': {'runs': 2}})
 
@@ -43,9 +36,9 @@ def plan(settings, records):
 
 
 def watched(target, cosines):
-    """compute_loss, which also appends a step's cosine to a list.
+    """swap94.compute_loss, but it also appends the cosine of each step to a list.
 
-    target: the weights of the average, as a vector.
+    target: the average, {name: parameter}.
     """
 
     def compute_loss(net, inputs, labels, label_smoothing):
@@ -61,26 +54,18 @@ def watched(target, cosines):
 
 
 def train(cell, seed, place):
-    """The cosines of each worker at each step, and accuracies, in [0, 1]."""
-    hyp = hyp_of(place.settings, 'swap', len(place.train_loader.classes))
-    alone = swap94.Team()
-    with network(place.settings['net']):
-        run, joint, workers = train_swap(place, hyp, seed)
-        accuracy = run.measure('phase2', joint['losses'], 0, alone)
-        target = {name: p.detach().clone() for name, p in run.net.named_parameters()}
-        of_workers = []
-        for n in range(len(workers)):
-            cosines = []
-            run.functions = {'compute_loss': watched(target, cosines)}
-            model = swap94.start_model(joint['weights'], joint['losses'])
-            run.fit(f'w{n}', 'phase2', model, swap94.worker_seed(seed, n), alone)
-            of_workers.append(cosines)
-    return {
-        'cosines': of_workers,
-        'epochs': hyp['phase2']['train_epochs'],
-        'val_acc': accuracy,
-        'workers': [model['epochs'][-1]['val_acc'] for model in workers],
-    }
+    """The cosines of each worker at each step, and accuracies from 0 to 1."""
+    hyp = hyp_of(place, 'swap')
+    net, phase1, workers = train_swap(place, hyp, seed)
+    target = {name: p.detach().clone() for name, p in net.named_parameters()}
+    record = {'val_acc': measure(place, hyp, net, phase1['losses']), 'workers': [], 'cosines': []}
+    for worker in range(len(workers)):
+        cosines = []
+        loss = watched(target, cosines)
+        result = train_worker(place, hyp, seed, worker, net, phase1, loss)
+        record['workers'].append(measure(place, hyp, net, result['losses']))
+        record['cosines'].append(cosines)
+    return record | {'epochs': hyp['phase2']['train_epochs']}
 
 
 #### Table and picture #############################################################################

@@ -1,19 +1,20 @@
-"""Where the knowledge goes that a teacher gives to its student (Gotmare et al. 2019, section 5).
+"""Into which layers of a student a teacher's knowledge goes (Gotmare et al. 2019, section 5).
 
-    python -m studies.distill                               # in ten minutes, on two CPU cores
+    python -m studies.distill                               # ten minutes on two CPU cores
     torchrun --nproc_per_node=8 -m studies.distill --scale paper --data cifar10
     python -m studies.distill --show --out logs/mine        # the table and the pictures again
 
-A VGG-16 is trained, and then the same shallow network twice: on the labels, and on the teacher's
-softened answers. As in Hinton et al. 2015 (arXiv:1503.02531), the student's loss is T^2 times the
-divergence of its answers at temperature T from the teacher's, which keeps gradients as large as
-those of labels; the paper has T = 5, and no share of labels. SVCCA compares each layer of both
-students with each of the teacher (Figure 6). The paper: distillation makes the deeper layers of the
-student more alike to the teacher's, and the shallow ones hardly.
+We train a VGG-16, and then the same shallow network twice: on the labels, and on the teacher's
+softened outputs. As in Hinton et al. 2015 (arXiv:1503.02531), the student's loss is T^2 times the
+divergence of its outputs from the teacher's, both at temperature T. The factor keeps the gradients
+as large as with labels. The paper has T = 5, and does not mix in the labels. SVCCA compares each
+layer of both students with each layer of the teacher (Figure 6). The paper: distillation makes the
+student's deeper layers more similar to the teacher's, and hardly changes the shallow ones.
 
---scale paper is 5 students of each kind, as in the paper, of 100 epochs, which it does not say, and
-a teacher of 200: 160 PFLOP with the teacher's answers, or 25 A100-minutes at airbench94's rate of
-0.36 PFLOP in 3.29 seconds. --scale small trains narrow networks on 2500 images.
+--scale paper trains 5 students of each kind, as in the paper. It does not say for how long: here
+100 epochs, and 200 for the teacher. That is 160 PFLOP with the teacher's outputs, or 25
+A100-minutes at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains narrow
+networks on 2500 images.
 """
 
 import sys
@@ -23,12 +24,12 @@ import torch
 import torch.nn.functional as F
 
 import airbench94
+from lab.summary import new_figure
 from studies.common import (
     COLOURS,
     Study,
     by_seed,
     mean_and_interval,
-    new_figure,
     paired_p,
     run_study,
     save_both,
@@ -36,13 +37,13 @@ from studies.common import (
 )
 from studies.modes import cross_entropy, loaders_of, make_network, train_by_steps
 from studies.networks import make_student
-from studies.svcca import compared_images, draw_matrices, outputs_of, similarities
+from studies.svcca import compared_images, draw_matrices, observe, similarities
 
 SCALES = {
     'paper': {
         'images': None,  # of the training set: all
-        'compared': 2000,  # test images, by SVCCA
-        'share': 1.0,  # of the widths of both networks
+        'compared': 2000,  # test images, for SVCCA
+        'share': 1.0,  # of both networks' full widths
         'batch_size': 100,
         'lr': 0.05,  # of the teacher
         'student_lr': 0.01,
@@ -65,7 +66,7 @@ SCALES = {
     },
     'smoke': {
         'images': 100,
-        'compared': 40,
+        'compared': 200,
         'share': 0.0625,
         'batch_size': 20,
         'lr': 0.02,
@@ -87,7 +88,7 @@ def plan(settings, records):
 
 
 def distillation(teacher, temperature):
-    """A loss(net, inputs, labels): T^2 KL(teacher || net), both softened by T, a mean of images."""
+    """A loss(net, inputs, labels) for modes.train: T^2 KL(teacher || net), both softened by T."""
 
     def loss(net, inputs, labels):
         with torch.no_grad():
@@ -100,7 +101,7 @@ def distillation(teacher, temperature):
 
 
 def train_cell(cell, seed, place):
-    """Accuracies in [0, 1] of the teacher and both students, and how alike their layers are."""
+    """Accuracies, in [0, 1], of teacher and students, and how similar their layers are."""
     settings = place.settings
     loader, tests = loaders_of(place, settings['batch_size'])
     loader.seed = seed
@@ -109,20 +110,14 @@ def train_cell(cell, seed, place):
     teacher.eval()
     losses = {'labels': cross_entropy, 'teacher': distillation(teacher, settings['temperature'])}
     images = compared_images(place)
-    of_teacher = outputs_of(teacher, images)
+    of_teacher = observe(teacher, images)
     found = {'teacher_acc': airbench94.evaluate(teacher, tests)}
     for name, loss in losses.items():
-        student = make_student(
-            len(loader.classes),
-            share=settings['share'],
-            seed=seed,
-            device=loader.device,
-            dtype=loader.dtype,
-        )
-        loader, _ = loaders_of(place, settings['batch_size'])  # the same images in the same order
-        loader.seed = seed
+        options = {'seed': seed, 'device': place.device, 'dtype': place.dtype}
+        student = make_student(place.num_classes, share=settings['share'], **options)
+        loader.epoch = 0  # both students see the same images in the same order
         train_by_steps(student, loader, settings['student_lr'], settings['epochs'], loss)
-        alike = similarities(outputs_of(student, images), of_teacher)
+        alike = similarities(observe(student, images), of_teacher)
         found[name] = {'val_acc': airbench94.evaluate(student, tests), 'similarities': alike}
     return found
 
@@ -131,7 +126,7 @@ def train_cell(cell, seed, place):
 
 
 def gains_of(records):
-    """(seeds, student's layers): how much more alike a layer is to the teacher's, on average."""
+    """How much more similar each layer becomes to the teacher's: (seeds, student's layers)."""
     found = []
     for record in records:
         with_teacher, without = [np.array(record[n]['similarities']) for n in ('teacher', 'labels')]
@@ -161,7 +156,7 @@ def print_table(records):
 
 
 def draw_gains(records, stem):
-    """The difference between both, on average over the teacher's layers."""
+    """How much more similar each layer becomes to the teacher's, on average."""
     figure = new_figure(5, 3.4)
     axes = figure.subplots()
     for layer, values in enumerate(gains_of(records).T, 1):

@@ -2,17 +2,17 @@
 
     python -m studies.landscape                             # in 20 minutes, on two CPU cores
     torchrun --nproc_per_node=8 -m studies.landscape --scale paper --net resnet9 --data cifar10
-    python -m studies.landscape A.pt B.pt C.pt --out logs/plane     # any three that --save wrote
+    python -m studies.landscape A.pt B.pt C.pt --out logs/plane     # any three from lab run --save
     python -m studies.landscape --show --out logs/plane     # the table and the pictures again
 
-SWAP is trained, and then from other initial weights once more. Two planes are looked at: through
-large-batch's result LB, a worker SGD and the average SWAP (Figure 2), and through three workers
-(Figure 3), on which SWAP, of all workers, is marked where it projects to. BatchNorm's statistics
-are recomputed at every point. Errors are also measured, for several seeds, on the segments between
-two workers that have begun at the same LB, and between two from different initial weights. A
-segment's barrier is its largest error less the larger one of its ends.
+We train SWAP, and then once more from other initial weights. We look at two planes: the one through
+the result of phase 1 (LB), a worker (SGD) and the average (SWAP), as in Figure 2; and the one
+through three workers (Figure 3), onto which we project SWAP, the average of all workers. We
+recompute BatchNorm's statistics at every point. For several seeds, we also measure the errors on
+the segment between two workers that began at the same LB, and between two with different initial
+weights. A segment's barrier is its largest error minus the larger error of its two ends.
 
---scale paper trains 10 seeds, and passes over the sets at 2,300 points: of ResNet-9, 830 PFLOP, or
+--scale paper trains 10 seeds, and evaluates both sets at 2,300 points: with ResNet-9, 830 PFLOP, or
 two A100-hours at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains narrow
 networks on a tenth of the images.
 """
@@ -23,23 +23,22 @@ from operator import itemgetter
 import numpy as np
 import torch
 
-import airbench94
 import swap94
+from lab.errors import UserError
+from lab.runs import write_tensors
+from lab.summary import new_figure
 from studies.common import (
     COLOURS,
     Study,
-    UserError,
     in_cell,
-    load_network,
     mean_and_interval,
-    new_figure,
     paired_p,
     run_study,
     save_both,
 )
 from studies.modes import barrier, values_of
 from studies.plane import Plane, draw_plane
-from studies.swap import hyp_of, loader_of, make_run, network, scales, train_swap
+from studies.swap import ALONE, FUNCTIONS, hyp_of, loader_of, scales, train_swap
 
 SCALES = scales(
     {
@@ -56,55 +55,58 @@ GIVEN = ('A', 'B', 'C')
 #### Networks ######################################################################################
 
 
-def train_networks(hyp, seed, place):
+def train_networks(place, hyp, seed):
     """{name: state dict} of LB, three workers, SWAP, and a worker from other initial weights."""
-    run, joint, workers = train_swap(place, hyp, seed)
-    other = swap94.override(hyp, ['phase2.workers=1'])
-    _, _, others = train_swap(place, other, 10_000 + seed)
-    found = {'LB': joint['weights'], 'SWAP': run.net.state_dict(), 'OTHER': others[0]['weights']}
-    return found | {f'SGD{i}': model['weights'] for i, model in enumerate(workers[:3], 1)}
+    net, phase1, workers = train_swap(place, hyp, seed)
+    alone = hyp | {'phase2': hyp['phase2'] | {'workers': 1}}
+    _, _, [other] = train_swap(place, alone, 10_000 + seed)
+    found = {'LB': phase1['weights'], 'SWAP': net.state_dict(), 'OTHER': other['weights']}
+    return found | {f'SGD{i}': worker['weights'] for i, worker in enumerate(workers[:3], 1)}
+
+
+def read_or_train(place, hyp, seed):
+    """What train_networks returns, from a file if it exists."""
+    file = place.folder / 'networks' / f'{seed}.pt'
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        write_tensors(file, train_networks(place, hyp, seed))
+    return torch.load(file, map_location=place.device, weights_only=True)
 
 
 class Networks:
-    """The networks of a seed, or those that were given, as vectors of weights.
+    """The networks of a seed, or those that the user gave, as vectors of weights.
 
-    vectors: {name: (parameters,)}. Raises UserError if networks do not fit together.
+    vectors: {name: (parameters,)}. Raises UserError if the networks don't fit together.
     """
 
-    def __init__(self, seed, place):
-        self.hyp = hyp_of(place.settings, 'swap', len(place.train_loader.classes))
-        self.loaders = loader_of(place, self.hyp), place.test_loader
+    def __init__(self, place, seed):
         files = place.settings['files']
+        self.hyp = hyp_of(place, 'swap')
+        self.loaders = loader_of(place, self.hyp), place.test_loader
         if files:
-            nets = [load_network(file, self.loaders[0])[0] for file in files]
+            nets = [place.load_network(file) for file in files]
             self.net = nets[0]
             weights = {name: net.state_dict() for name, net in zip(GIVEN, nets)}
         else:
-            self.net = make_run(place, self.hyp, seed).net
-            weights = self.read_or_train(seed, place)
+            make_net = FUNCTIONS[place.settings['net']]['make_net']
+            where = {'device': place.device, 'dtype': place.dtype}
+            self.net = make_net(self.hyp, place.num_classes, **where)
+            weights = read_or_train(place, self.hyp, seed)
         self.vectors = {name: self.vector_of(state) for name, state in weights.items()}
-
-    def read_or_train(self, seed, place):
-        file = place.folder / 'networks' / f'{seed}.pt'
-        if not file.exists():
-            file.parent.mkdir(exist_ok=True)
-            airbench94.write_tensors(file, train_networks(self.hyp, seed, place))
-        return torch.load(file, map_location=self.loaders[0].device, weights_only=True)
 
     def vector_of(self, weights):
         try:
             self.net.load_state_dict(weights)
         except RuntimeError as error:
-            raise UserError('the networks are not of one kind; choose others') from error
+            raise UserError('the networks are of different kinds; choose others') from error
         return swap94.flatten(self.net.parameters())
 
     def measure(self, vector):
-        """Accuracies in [0, 1] of the network with these weights, with its own statistics."""
+        """Accuracies from 0 to 1 of the network with these weights, with its own statistics."""
         with torch.no_grad():
             swap94.unflatten(vector, list(self.net.parameters()))
         train_loader, test_loader = self.loaders
-        alone = swap94.Team()
-        swap94.recompute_statistics(self.net, train_loader, self.hyp['statistics'], alone)
+        swap94.recompute_statistics(self.net, train_loader, self.hyp['statistics'], ALONE)
         return {
             'train_acc': swap94.evaluate(self.net, train_loader),
             'val_acc': swap94.evaluate(self.net, test_loader),
@@ -119,7 +121,7 @@ def planes_of(settings):
 
 
 def plan(settings, records):
-    """The networks of all seeds, and then points of those whose networks are there."""
+    """The networks of all seeds, and then points between those that exist."""
     seeds = range(1 if settings['files'] else settings['runs'])
     jobs = [({'part': 'networks'}, seed) for seed in seeds]
     trained = {record['seed'] for record in in_cell(records, part='networks')}
@@ -136,34 +138,38 @@ def plan(settings, records):
     return jobs
 
 
+def describe_networks(networks, planes):
+    """{name: accuracies, and coordinates on the planes}."""
+    found = {name: networks.measure(vector) for name, vector in networks.vectors.items()}
+    for part, corners in planes.items():
+        plane = Plane([networks.vectors[corner] for corner in corners])
+        for name, vector in networks.vectors.items():
+            found[name][part] = plane.coordinates(vector)
+    return found
+
+
 def train(cell, seed, place):
     """The networks of a seed, with their accuracies and coordinates; or a point's accuracies."""
-    with network(place.settings['net']):
-        networks = Networks(seed, place)
-        vectors = networks.vectors
-        part = cell['part']
-        if part == 'networks':
-            found = {name: networks.measure(vector) for name, vector in vectors.items()}
-            for name, corners in planes_of(place.settings).items():
-                plane = Plane([vectors[corner] for corner in corners])
-                for other, vector in vectors.items():
-                    found[other][name] = plane.coordinates(vector)
-            return {'networks': found}
-        if part in SEGMENTS:
-            first, last = [vectors[name] for name in SEGMENTS[part]]
-            t = cell['x'] / (place.settings['segment'] - 1)
-            return {'t': t} | networks.measure(torch.lerp(first, last, t))
-        plane = Plane([vectors[name] for name in planes_of(place.settings)[part]])
-        alphas, betas = plane.axes(place.settings['grid'])
-        alpha, beta = alphas[cell['x']], betas[cell['y']]
-        return {'alpha': alpha, 'beta': beta} | networks.measure(plane.point(alpha, beta))
+    networks, planes = Networks(place, seed), planes_of(place.settings)
+    vectors = networks.vectors
+    part = cell['part']
+    if part == 'networks':
+        return {'networks': describe_networks(networks, planes)}
+    if part in SEGMENTS:
+        first, last = [vectors[name] for name in SEGMENTS[part]]
+        t = cell['x'] / (place.settings['segment'] - 1)
+        return {'t': t} | networks.measure(torch.lerp(first, last, t))
+    plane = Plane([vectors[name] for name in planes[part]])
+    alphas, betas = plane.axes(place.settings['grid'])
+    alpha, beta = alphas[cell['x']], betas[cell['y']]
+    return {'alpha': alpha, 'beta': beta} | networks.measure(plane.point(alpha, beta))
 
 
 #### Table and pictures ############################################################################
 
 
 def segments_of(records, part):
-    """{seed: the points of its segment, from end to end}."""
+    """{seed: the points on its segment, from one end to the other}."""
     segments = {}
     for point in sorted(in_cell(records, part=part), key=itemgetter('seed', 't')):
         segments.setdefault(point['seed'], []).append(point)
@@ -171,7 +177,7 @@ def segments_of(records, part):
 
 
 def print_networks(records):
-    """Their accuracies, and whether SWAP is the best one."""
+    """Print the networks' accuracies, and whether SWAP is the best."""
     of_seeds = [record['networks'] for record in in_cell(records, part='networks')]
     print(f'accuracy in %, n={len(of_seeds)}       on training images, on test images')
     accuracies = {}
@@ -220,7 +226,7 @@ def show(config, records, folder):
     jobs = plan(settings, records)
     if len(records) < len(jobs):
         missing = len(jobs) - len(records)
-        raise UserError(f'{folder}: {missing} points are missing; the same line again goes on')
+        raise UserError(f'{folder}: {missing} points are missing; the same command again goes on')
     print_networks(records)
     networks = in_cell(records, part='networks')[0]['networks']
     for part, corners in planes_of(settings).items():

@@ -1,21 +1,22 @@
 """What restarts of the learning rate do to the trajectory (Gotmare et al. 2019, section 3).
 
-    python -m studies.restarts                              # in 20 minutes, on two CPU cores
+    python -m studies.restarts                              # 20 minutes on two CPU cores
     torchrun --nproc_per_node=8 -m studies.restarts --scale paper --net vgg16 --data cifar10
     python -m studies.restarts --show --out logs/mine       # the table and the pictures again
 
-A network is trained by SGDR, cosines that restart after 10, 30, 70 and 150 epochs, and from the
-same initial weights by step decay. Between networks from before the restarts, and from around the
-steps, loss is measured on the segment and on a trained curve (Figure 2); then on the plane through
-w70, w150 and the bend of their curve, onto which the iterates are projected (Figure 3). A barrier
-is the largest training loss of a segment less the larger one of its ends. SVCCA compares the layers
-of early and late networks, and of those before and after a restart (Appendix 9).
+We train a network with SGDR, whose cosines restart after 10, 30, 70 and 150 epochs, and with step
+decay from the same initial weights. w70 is the network after 70 epochs of SGDR. Between networks
+from just before the restarts, and between networks from before and after the steps, we measure the
+loss on the segment and on a trained curve (Figure 2). We also measure it on the plane through w70,
+w150 and the bend of their curve, onto which we project the networks on SGDR's way (Figure 3). A
+barrier is the largest training loss on a segment minus the larger one at its ends. SVCCA compares
+the layers of an early and a late network, and of one before and one after a restart (Appendix 9).
 
---scale paper is the paper's, of VGG-16 without BatchNorm: 320 epochs of training and 480 of curves
-a seed, 230 PFLOP for 3 seeds, or 35 A100-minutes at airbench94's rate of 0.36 PFLOP in 3.29
-seconds. --scale small has as many epochs of narrow networks on a hundredth of the images, which are
-not augmented: they have to be fitted, or nothing separates the networks. Without BatchNorm, such
-networks do not learn at its rate.
+--scale paper is the paper's setting, with --net vgg16, which has no BatchNorm: 320 epochs of
+training and 480 of curves a seed, 230 PFLOP for 3 seeds, or 35 A100-minutes at airbench94's rate
+of 0.36 PFLOP in 3.29 seconds. --scale small trains narrow networks for as many epochs on a
+hundredth of the images, without augmentation: the networks have to fit the images, or there is no
+barrier between them. Without BatchNorm, such networks do not learn at its learning rate.
 """
 
 import sys
@@ -24,14 +25,14 @@ import numpy as np
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR
 
 import airbench94
+from lab.errors import UserError
+from lab.summary import new_figure
 from studies.common import (
     COLOURS,
     Study,
-    UserError,
     by_seed,
     in_cell,
     mean_and_interval,
-    new_figure,
     paired_p,
     run_study,
     save_both,
@@ -54,14 +55,14 @@ from studies.modes import (
     vector_of,
 )
 from studies.plane import Plane, draw_plane
-from studies.svcca import compared_images, draw_matrices, outputs_of, similarities
+from studies.svcca import compared_images, draw_matrices, observe, similarities
 
 SCALES = {
     'paper': {
         'images': None,  # of the training set: all
         'augmented': True,
-        'compared': 2000,  # test images, by SVCCA
-        'share': 1.0,  # of the network's widths
+        'compared': 2000,  # test images, for SVCCA
+        'share': 1.0,  # of the network's full widths
         'batch_size': 100,
         'lr': 0.05,
         'first_period': 10,  # epochs until the first restart; each next one takes twice as many
@@ -100,7 +101,7 @@ SCALES = {
     'smoke': {
         'images': 100,
         'augmented': True,
-        'compared': 40,
+        'compared': 200,
         'share': 0.0625,
         'batch_size': 50,
         'lr': 0.02,
@@ -122,7 +123,7 @@ SCHEDULES = ('sgdr', 'steps')
 
 
 def plan(settings, records):
-    """Of each seed: both trainings, then their curves and comparisons; of the first, a plane."""
+    """For each seed: both trainings, then curves and comparisons; for the first, a plane."""
     jobs = []
     n = settings['grid']
     for seed in range(settings['runs']):
@@ -144,13 +145,13 @@ def plan(settings, records):
 
 
 def plane_pair(settings):
-    """The epochs of SGDR's networks on the plane: w70 and w150."""
+    """The epochs of SGDR's networks on the plane: 70 and 150."""
     pairs = settings['pairs']['sgdr']
     return pairs[1 % len(pairs)]
 
 
 def kept_epochs(settings, schedule):
-    """Epochs after which the network is kept."""
+    """The epochs after which we keep the network."""
     pairs = list(settings['pairs'][schedule])
     if schedule == 'sgdr':
         pairs += settings['alike']
@@ -159,16 +160,15 @@ def kept_epochs(settings, schedule):
 
 
 def make_scheduler(schedule, optimizer, settings, steps):
-    """steps: of an epoch."""
+    """The learning rate's schedule: 'sgdr' or 'steps'. steps: in an epoch."""
     if schedule == 'sgdr':
         period = settings['first_period'] * steps
         return CosineAnnealingWarmRestarts(optimizer, period, T_mult=2, eta_min=1e-6)
-
     return LambdaLR(optimizer, dropping([drop * steps for drop in settings['drops']]))
 
 
 def make_training(schedule, seed, place):
-    """Train by a schedule, and keep networks on the way. Returns accuracies after each epoch."""
+    """Train with a schedule, and keep networks on the way. Returns accuracies after each epoch."""
     settings = place.settings
     loader, tests = loaders_of(place, settings['batch_size'], settings['augmented'])
     loader.seed = seed
@@ -189,7 +189,7 @@ def make_training(schedule, seed, place):
 
 
 def make_curve(cell, seed, place):
-    """Train a chain between two of the networks. Returns the segment's points and the curve's."""
+    """Train a chain between two networks. Returns what we measure on segment and curve."""
     settings = place.settings
     loader, tests = loaders_of(place, settings['batch_size'], settings['augmented'])
     loader.seed = seed
@@ -206,17 +206,17 @@ def make_curve(cell, seed, place):
 
 
 def make_alike(cell, seed, place):
-    """Similarities of the layers of SGDR's networks after two of its epochs."""
+    """How similar the layers of SGDR's networks are after two of its epochs."""
     settings = place.settings
     loaders = loaders_of(place, settings['batch_size'], settings['augmented'])
     net = make_network(settings['net'], loaders[0], settings['share'], seed)
     images = compared_images(place)
-    outputs = []
+    layers = []
     for end in ('first', 'last'):
         weights = read_weights(place, f'sgdr-{cell[end]}', seed)
         measure(net, weights, *loaders)  # for BatchNorm's statistics
-        outputs.append(outputs_of(net, images))
-    return {'similarities': similarities(*outputs)}
+        layers.append(observe(net, images))
+    return {'similarities': similarities(*layers)}
 
 
 def plane_of(place, seed):
@@ -227,7 +227,7 @@ def plane_of(place, seed):
 
 
 def make_path(seed, place):
-    """The coordinates on the plane of SGDR's networks until w150, and of the bend."""
+    """Where on the plane SGDR's networks up to w150 are, and the bend."""
     plane = plane_of(place, seed)
     _, last = plane_pair(place.settings)
     iterates = {}
@@ -239,7 +239,7 @@ def make_path(seed, place):
 
 
 def make_point(cell, seed, place):
-    """The measures of a point of the plane."""
+    """What we measure at a point of the plane."""
     settings = place.settings
     loaders = loaders_of(place, settings['batch_size'], settings['augmented'])
     net = make_network(settings['net'], loaders[0], settings['share'], seed)
@@ -251,7 +251,7 @@ def make_point(cell, seed, place):
 
 
 def named_like(vector, net):
-    """A vector as {name: parameter} of a network."""
+    """A vector as {name: parameter}, with the shapes of a network's parameters."""
     sizes = [p.numel() for p in net.parameters()]
     parts = zip(net.named_parameters(), vector.split(sizes))
     return {name: part.view(p.shape).to(p.dtype) for (name, p), part in parts}
@@ -273,7 +273,7 @@ def train_part(cell, seed, place):
 
 
 def barriers_of(records, schedule, way):
-    """Of training loss: {(first, last): an array with the barrier of each seed}."""
+    """Barriers of the training loss: {(first, last): an array with each seed's}."""
     found = {}
     for record in by_seed(records, part='curve', schedule=schedule):
         ends = record['cell']['first'], record['cell']['last']
@@ -304,7 +304,7 @@ def print_table(records):
 
 
 def draw_ways(records, points, stem):
-    """Figure 2: accuracies, and training loss on segments and curves, of seed 0."""
+    """Figure 2, for seed 0: accuracies, and training losses on segments and curves."""
     figure = new_figure(11, 3.4)
     first_axes, *others = figure.subplots(1, 3)
     t = np.linspace(0, 1, points)
@@ -329,7 +329,7 @@ def show(config, records, folder):
     settings = config['settings']
     missing = len(plan(settings, records)) - len(records)
     if missing > 0:
-        raise UserError(f'{folder}: {missing} parts are missing; the same line again goes on')
+        raise UserError(f'{folder}: {missing} parts are missing; the same command again goes on')
     print_table(records)
     draw_ways(records, settings['points'], folder / 'restarts')
     points = in_cell(records, part='plane')

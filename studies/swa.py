@@ -4,19 +4,20 @@
     torchrun --nproc_per_node=8 -m studies.swa --net resnet9 --scale paper --data cifar100
     python -m studies.swa --show --out logs/mine            # the table and the picture again
 
-Stochastic weight averaging (Izmailov et al. 2018, arXiv:1803.05407) lets one worker go on through
-cycles of the learning rate, and averages the networks at the ends of the cycles. SWAP has a worker
-for each of them, which all begin where phase 1 ends, so that a cycle is SWAP's phase 2:
+Stochastic weight averaging (Izmailov et al. 2018, arXiv:1803.05407) trains one worker through
+several cycles of the learning rate, and averages the networks at the ends of the cycles. SWAP
+trains a worker for each of these networks, from where phase 1 ended. So a cycle is SWAP's phase 2:
 
-- large-batch-swa: a large-batch training, then cycles of the same batches and rates;
+- large-batch-swa: large-batch training, then cycles with the same batches and learning rates;
 - large-then-small-swa: SWAP's phase 1, then cycles of its phase 2, in sequence;
-- small-batch-swa: a small-batch training, then those cycles;
+- small-batch-swa: small-batch training, then the same cycles;
 - swap: phase 1, then 8 workers with a cycle each;
 - swap-longer: 8 workers with two cycles each of twice the epochs, and 16 networks in the average.
 
-torch.optim.swa_utils averages. Operations are those of the longest of 8 ranks, as in swap_tables.
---scale paper trains 10 networks a row: of ResNet-9, 1600 PFLOP, or four A100-hours at airbench94's
-rate of 0.36 PFLOP in 3.29 seconds. --scale small trains narrow networks on a tenth of the images.
+torch.optim.swa_utils averages. Operations are those of the slowest of 8 ranks, as in swap_tables.
+--scale paper trains 10 networks for each row: with ResNet-9, 1600 PFLOP, or four A100-hours at
+airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains narrow networks on a tenth of
+the images.
 """
 
 import sys
@@ -26,33 +27,44 @@ import numpy as np
 from torch.optim.swa_utils import AveragedModel
 
 import swap94
+from lab.flops import flop_of_steps
+from lab.options import override
+from lab.summary import new_figure
 from studies.common import (
     COLOURS,
     Study,
-    UserError,
     by_seed,
     in_cell,
     mean_and_interval,
-    new_figure,
     paired_p,
     run_study,
     save_both,
     two_whole_seeds,
 )
-from studies.swap import hyp_of, make_run, network, scales
+from studies.swap import (
+    METHODS,
+    assignments_of,
+    hyp_of,
+    loader_of,
+    measure,
+    recipe_of,
+    scales,
+    train_phase1,
+    train_worker,
+)
 
 SCALES = scales({'paper': {'runs': 10}, 'small': {'runs': 6}, 'smoke': {'runs': 2}})
 
 
 @dataclass
 class Way:
-    """A row of Table 4: how networks are made whose weights are averaged."""
+    """A row of Table 4: how we make the networks whose weights we average."""
 
-    start: str  # the method of swap94 whose phase 1 comes first
+    start: str  # the method whose phase 1 comes first
     has_large_cycles: bool  # whether cycles have phase 1's batches and rates, or phase 2's
-    is_parallel: bool  # whether the workers share a cycle's networks out, or one makes them all
-    cycles: int = 1  # in proportion to phase 2
-    length: int = 1
+    is_parallel: bool  # whether there are as many workers as in SWAP, or one for all the cycles
+    cycles: int = 1  # of each worker, if they are parallel
+    length: int = 1  # of a cycle, in SWAP's phases 2
 
 
 WAYS = {
@@ -63,7 +75,7 @@ WAYS = {
     'swap-longer': Way('swap', has_large_cycles=False, is_parallel=True, cycles=2, length=2),
 }
 
-# Accuracy in % and its deviation, before and after averaging, and seconds: CIFAR-100.
+# On CIFAR-100: accuracy in % and its standard deviation, before and after averaging, and seconds.
 PUBLISHED = {
     'large-batch-swa': (76.06, 0.25, 76.00, 0.31, 376),
     'large-then-small-swa': (76.26, 0.35, 78.12, 0.14, 398),
@@ -81,10 +93,10 @@ def plan(settings, records):
     return [({'way': way}, seed) for seed in range(settings['runs']) for way in WAYS]
 
 
-def hyp_of_way(settings, way, num_classes):
-    """swap94's hyp, whose phase 2 is a cycle."""
-    hyp = hyp_of(settings, way.start, num_classes)
-    cycle = hyp_of(settings, 'swap', num_classes)['phase2']
+def with_cycles(hyps, way):
+    """The hyp of the method way.start, with a cycle as phase 2. hyps: {method: hyp}."""
+    hyp = hyps[way.start]
+    cycle = dict(hyps['swap']['phase2'])
     if way.has_large_cycles:
         for key in ('batch_size', 'shards', 'lr', 'lr_biases', 'lr_head'):
             cycle[key] = hyp['phase1'][key]
@@ -93,48 +105,47 @@ def hyp_of_way(settings, way, num_classes):
 
 
 def chains(way, workers):
-    """(how many workers there are, how many cycles each of them goes through)."""
+    """(how many workers there are, through how many cycles each of them goes)."""
     if way.is_parallel:
         return workers, way.cycles
     return 1, workers
 
 
-def finish(model, seed):
-    """A model, if it is finite. Raises UserError if not."""
-    if model['failed']:
-        raise UserError(f'the network of seed {seed} diverges: {model["failed"]}')
-    return model
+def pflop_of(place, hyp, steps, cycles):
+    """PFLOP of the steps of phase 1 and of a worker's cycles.
+
+    On the slowest of as many ranks as a batch has shards.
+    """
+    recipe, images = recipe_of(place.settings['net']), len(loader_of(place, hyp).images)
+    flop = {}
+    for phase in ('phase1', 'phase2'):
+        settings = swap94.phase_settings(hyp, phase)
+        ranks = hyp[phase]['shards']
+        flop[phase] = flop_of_steps(recipe, settings, images, place.num_classes, ranks)
+    return 1e-15 * (sum(flop['phase1'][:steps]) + cycles * sum(flop['phase2']))
 
 
 def train(cell, seed, place):
-    """The accuracy of the average, those of its networks, in [0, 1], and what they cost."""
+    """The accuracy of the average, those of its networks, from 0 to 1, and what they cost."""
     way = WAYS[cell['way']]
-    hyp = hyp_of_way(place.settings, way, len(place.train_loader.classes))
+    hyp = with_cycles({method: hyp_of(place, method) for method in METHODS}, way)
     workers, cycles = chains(way, hyp['phase2']['workers'])
-    alone = swap94.Team()
-    with network(place.settings['net']):
-        run = make_run(place, hyp, seed)
-        joint = finish(run.phase1(), seed)
-        averaged = AveragedModel(run.net)
-        accuracies = []
-        for worker in range(workers):
-            model = joint
-            seconds = joint['seconds']
-            for cycle in range(cycles):
-                model = swap94.start_model(model['weights'], model['losses'])
-                own_seed = swap94.worker_seed(seed, worker * cycles + cycle)
-                model = finish(run.fit('cycle', 'phase2', model, own_seed, alone), seed)
-                averaged.update_parameters(run.net)
-                accuracies.append(model['epochs'][-1]['val_acc'])
-                seconds += model['seconds']
-        run.net.load_state_dict(averaged.module.state_dict())
-        accuracy = run.measure('phase2', joint['losses'], 0, alone)
-        of_cycle = sum(run.flop_of_steps('phase2', hyp['phase2']['shards']))
+    net, phase1 = train_phase1(place, hyp, seed)
+    averaged = AveragedModel(net)
+    accuracies = []
+    for worker in range(workers):
+        result = phase1
+        seconds = phase1['record']['seconds']
+        for cycle in range(cycles):
+            result = train_worker(place, hyp, seed, worker * cycles + cycle, net, result)
+            averaged.update_parameters(net)
+            accuracies.append(measure(place, hyp, net, result['losses']))
+            seconds += result['record']['seconds']
     return {
-        'val_acc': accuracy,
+        'val_acc': measure(place, hyp, averaged.module, phase1['losses']),
         'networks': accuracies,
         'training_seconds': seconds,  # of phase 1, and of the last worker
-        'pflop': run.phases['phase1']['pflop'] + 1e-15 * cycles * of_cycle,
+        'pflop': pflop_of(place, hyp, phase1['record']['steps'], cycles),
     }
 
 
@@ -142,7 +153,7 @@ def train(cell, seed, place):
 
 
 def accuracies_of(records, way):
-    """In percent, by seed: (means of the networks before averaging, of the averages)."""
+    """In percent, by seed: (the mean of the networks before averaging, that of their average)."""
     of_way = by_seed(records, way=way)
     before = np.array([100 * np.mean(record['networks']) for record in of_way])
     after = np.array([100 * record['val_acc'] for record in of_way])
@@ -174,7 +185,7 @@ def print_table(records):
 
 
 def rates(hyp, cycles):
-    """(epochs, the learning rate at them) of phase 1 and the cycles of a worker."""
+    """(epochs, the learning rate at each) in phase 1 and in the cycles of a worker."""
     epochs, values = [], []
     done = 0
     for phase in ['phase1'] + cycles * ['phase2']:
@@ -187,13 +198,17 @@ def rates(hyp, cycles):
 
 
 def draw(config, records, num_classes, stem):
-    """Figure 6's rates, and the accuracies before and after averaging."""
+    """Draw Figure 6's learning rates, and the accuracies before and after averaging."""
     figure = new_figure(9, 4.5)
     left, right = figure.subfigures(1, 2)
     of_rates = left.subplots(len(WAYS), 1, sharex=True)
     axes = right.subplots()
+    hyps = {
+        method: override(swap94.hyp, assignments_of(config['settings'], method, num_classes))
+        for method in METHODS
+    }
     for i, (name, way) in enumerate(WAYS.items()):
-        hyp = hyp_of_way(config['settings'], way, num_classes)
+        hyp = with_cycles(hyps, way)
         _, cycles = chains(way, hyp['phase2']['workers'])
         of_rates[i].plot(*rates(hyp, cycles), color=COLOURS[i])
         of_rates[i].set_ylim(0, None)

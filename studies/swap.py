@@ -1,21 +1,47 @@
-"""What the studies of SWAP share: settings of both networks, and swap94's phases one by one."""
+"""What the studies of SWAP share: their settings for two networks, and Algorithm 1 step by step."""
 
-from contextlib import nullcontext
-from unittest.mock import patch
+import math
+from functools import cache
+from types import ModuleType
 
 import torch
 
 import swap94
-from studies.common import UserError, first_images
+from lab.errors import UserError
 from studies.networks import make_resnet9
+
+ALONE = swap94.Ranks()  # each network is trained by a single process
 
 #### Settings ######################################################################################
 
 
-def phase(name, batch_size, shards, lr, epochs, *, warm_up=0, end=0, tau=1.0):
-    """A phase's settings, as assignments to hyp.
+# Small and large batches are phase 1 alone. On swap94's network, small batches are what
+# records/record94.py does.
+ONE_PHASE = 'phase2.workers=0'
+METHODS = {
+    'swap': [],
+    'small-batch': [
+        'phase1.train_epochs=16.9',
+        'phase1.batch_size=1000',
+        'phase1.shards=1',
+        'phase1.lr=0.24',
+        'phase1.lr_biases=0.038',
+        'phase1.lr_head=0.67',
+        'phase1.schedule.end=0.02',
+        'phase1.average.decay=0.8',
+        'phase1.growth.size=16',
+        'phase1.growth.until=0.45',
+        'phase1.selection.from=0.4',
+        ONE_PHASE,
+    ],
+    'large-batch': ['phase1.schedule.end=0.02', 'phase1.average.decay=0.5', ONE_PHASE],
+}
 
-    The rate rises from 0 in the epochs of warm_up, and falls to the share `end` of `lr`.
+
+def phase(name, batch_size, shards, lr, epochs, *, warm_up=0, end=0, tau=1.0):
+    """A phase's settings, as KEY=VALUE for swap94.hyp.
+
+    The learning rate rises from 0 to `lr` in `warm_up` epochs, and falls to the share `end` of it.
     """
     values = {
         'batch_size': batch_size,
@@ -33,13 +59,13 @@ def phase(name, batch_size, shards, lr, epochs, *, warm_up=0, end=0, tau=1.0):
     return [f'{name}.{key}={value}' for key, value in values.items()]
 
 
-# Appendix A. It does not say how large cutout's squares and the translations are.
+# Appendix A, which does not say how large the squares of cutout and the shifts are.
 SGD = ['opt.momentum=0.9', 'opt.weight_decay=5e-4', 'opt.label_smoothing=0']
 SGD += ['aug.translate=4', 'aug.cutout=8', 'net.widths.block1=64', 'net.tta_level=0']
 SGD += ['statistics.images=50000']
 TABLE_5 = {
-    'small-batch': [*SGD, *phase('phase1', 512, 2, 0.3, 100, warm_up=30)],
-    'large-batch': [*SGD, *phase('phase1', 4096, 8, 1.2, 150, warm_up=30)],
+    'small-batch': [*SGD, *phase('phase1', 512, 2, 0.3, 100, warm_up=30), ONE_PHASE],
+    'large-batch': [*SGD, *phase('phase1', 4096, 8, 1.2, 150, warm_up=30), ONE_PHASE],
     'swap': [
         *SGD,
         *phase('phase1', 4096, 8, 1.2, 150, warm_up=30, tau=0.98),
@@ -47,8 +73,8 @@ TABLE_5 = {
     ],
 }
 TABLE_6 = {
-    'small-batch': [*SGD, *phase('phase1', 128, 1, 0.2, 150, warm_up=60)],
-    'large-batch': [*SGD, *phase('phase1', 2048, 8, 1.2, 150, warm_up=45)],
+    'small-batch': [*SGD, *phase('phase1', 128, 1, 0.2, 150, warm_up=60), ONE_PHASE],
+    'large-batch': [*SGD, *phase('phase1', 2048, 8, 1.2, 150, warm_up=45), ONE_PHASE],
     'swap': [
         *SGD,
         *phase('phase1', 2048, 8, 1.2, 150, warm_up=45, tau=0.9),
@@ -58,10 +84,10 @@ TABLE_6 = {
 
 # Small networks, and batches that go with a tenth of the images and less.
 NARROW = ['net.widths.block1=8', 'net.widths.block2=32', 'net.widths.block3=64', 'net.tta_level=0']
-ALONE = [*swap94.METHODS['small-batch'], *NARROW]
+NARROW_SMALL_BATCH = [*METHODS['small-batch'], *NARROW]
 AIRBENCH_SMALL = {
-    'small-batch': [*ALONE, *phase('phase1', 125, 1, 0.24, 8)],
-    'large-batch': [*NARROW, *phase('phase1', 1000, 8, 0.27, 8)],
+    'small-batch': [*NARROW_SMALL_BATCH, *phase('phase1', 125, 1, 0.24, 8)],
+    'large-batch': [*NARROW, *phase('phase1', 1000, 8, 0.27, 8), ONE_PHASE],
     'swap': [
         *NARROW,
         *phase('phase1', 1000, 8, 0.27, 8, end=0.3),
@@ -69,8 +95,8 @@ AIRBENCH_SMALL = {
     ],
 }
 AIRBENCH_SMOKE = {
-    'small-batch': [*ALONE, *phase('phase1', 40, 1, 0.24, 2)],
-    'large-batch': [*NARROW, *phase('phase1', 80, 8, 0.27, 2)],
+    'small-batch': [*NARROW_SMALL_BATCH, *phase('phase1', 40, 1, 0.24, 2)],
+    'large-batch': [*NARROW, *phase('phase1', 80, 8, 0.27, 2), ONE_PHASE],
     'swap': [
         *NARROW,
         *phase('phase1', 80, 8, 0.27, 2, end=0.3),
@@ -80,8 +106,8 @@ AIRBENCH_SMOKE = {
 }
 NARROW_RESNET9 = [*SGD, 'net.widths.block1=8']
 RESNET9_SMALL = {
-    'small-batch': [*NARROW_RESNET9, *phase('phase1', 125, 1, 0.1, 8, warm_up=2)],
-    'large-batch': [*NARROW_RESNET9, *phase('phase1', 1000, 8, 0.4, 8, warm_up=2)],
+    'small-batch': [*NARROW_RESNET9, *phase('phase1', 125, 1, 0.1, 8, warm_up=2), ONE_PHASE],
+    'large-batch': [*NARROW_RESNET9, *phase('phase1', 1000, 8, 0.4, 8, warm_up=2), ONE_PHASE],
     'swap': [
         *NARROW_RESNET9,
         *phase('phase1', 1000, 8, 0.4, 8, warm_up=2, end=0.3),
@@ -89,8 +115,8 @@ RESNET9_SMALL = {
     ],
 }
 RESNET9_SMOKE = {
-    'small-batch': [*NARROW_RESNET9, *phase('phase1', 40, 1, 0.1, 2)],
-    'large-batch': [*NARROW_RESNET9, *phase('phase1', 80, 8, 0.2, 2)],
+    'small-batch': [*NARROW_RESNET9, *phase('phase1', 40, 1, 0.1, 2), ONE_PHASE],
+    'large-batch': [*NARROW_RESNET9, *phase('phase1', 80, 8, 0.2, 2), ONE_PHASE],
     'swap': [
         *NARROW_RESNET9,
         *phase('phase1', 80, 8, 0.2, 2, end=0.3),
@@ -101,7 +127,7 @@ RESNET9_SMOKE = {
 
 SETTINGS = {
     'airbench': {
-        'paper': {'hyp': swap94.METHODS, 'images': None},
+        'paper': {'hyp': METHODS, 'images': None},
         'small': {'hyp': AIRBENCH_SMALL, 'images': 5000},
         'smoke': {'hyp': AIRBENCH_SMOKE, 'images': 160},
     },
@@ -114,25 +140,30 @@ SETTINGS = {
 
 
 def scales(of_study):
-    """A study's scales, of both networks. of_study: {scale: its own settings}."""
+    """The scales of a study, for both networks. of_study: {scale: what only this study needs}."""
     found = {}
     for net, of_net in SETTINGS.items():
         found[net] = {scale: of_net[scale] | own for scale, own in of_study.items()}
     return found
 
 
-def hyp_of(settings, method, num_classes):
-    """swap94's hyp for one of its methods."""
+def assignments_of(settings, method, num_classes):
+    """What a method changes in swap94.hyp, as a list of KEY=VALUE."""
     methods = settings['hyp']
     if num_classes == 100:
         methods = settings.get('hyp of 100 classes', methods)
-    return swap94.override(swap94.hyp, methods[method])
+    return methods[method]
 
 
-#### Network #######################################################################################
+def hyp_of(place, method):
+    """swap94's hyp for a method."""
+    return place.hyp(swap94, assignments_of(place.settings, method, place.num_classes))
 
 
-def make_resnet9_of(hyp=swap94.hyp, num_classes=10, **options):
+#### Networks ######################################################################################
+
+
+def make_resnet9_of(hyp, num_classes, **options):
     """Instead of swap94.make_net."""
     return make_resnet9(hyp['net']['widths']['block1'], num_classes, **options)
 
@@ -159,55 +190,89 @@ def make_sgd(net, hyp, total_steps, fused=None):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-def network(net):
-    """A context in which swap94 trains a kind of network: 'airbench', its own, or 'resnet9'."""
-    if net == 'airbench':
-        return nullcontext()
-    return patch.multiple(
-        swap94, make_net=make_resnet9_of, init_whitening_conv=leave_layer, make_optimizer=make_sgd
-    )
+# For each --net, arguments of swap94.train.
+FUNCTIONS = {
+    'airbench': {
+        'make_net': swap94.make_net,
+        'init_whitening_conv': swap94.init_whitening_conv,
+        'make_optimizer': swap94.make_optimizer,
+    },
+    'resnet9': {
+        'make_net': make_resnet9_of,
+        'init_whitening_conv': leave_layer,
+        'make_optimizer': make_sgd,
+    },
+}
 
 
-#### Phases ########################################################################################
+@cache  # lab.flops counts the operations of each recipe once
+def recipe_of(net):
+    """swap94 with one of these networks, as a recipe for lab.flops."""
+    recipe = ModuleType(net)
+    vars(recipe).update(vars(swap94) | FUNCTIONS[net])
+    return recipe
+
+
+#### Algorithm 1 ###################################################################################
+
+
+def check_finished(record, seed):
+    """Raise UserError if a training diverged."""
+    if 'failed' in record:
+        raise UserError(f'the network of seed {seed} diverges: {record["failed"]}')
 
 
 def loader_of(place, hyp):
-    """The training images that the scale has, augmented as `hyp` says."""
-    loader = first_images(place.train_loader, place.settings['images'])
-    loader.aug = hyp['aug']
-    return loader
+    """The training images of the scale, for both phases."""
+    return place.training_loader(hyp['phase1']['batch_size'], hyp['aug'])
 
 
-def make_run(place, hyp, seed):
-    """swap94's Run, in which this process makes every phase alone."""
+def train_phase1(place, hyp, seed):
+    """(network, what swap94.fit returns). Raises UserError if the network diverges."""
     loader = loader_of(place, hyp)
-    net = swap94.make_net(hyp, len(loader.classes), device=loader.device, dtype=loader.dtype)
-    return swap94.Run(
-        train_loader=loader,
-        test_loader=place.test_loader,
-        hyp=hyp,
-        seed=seed,
-        on_row=None,
-        curve=False,
-        everyone=swap94.Team(),
-        team=swap94.Team(),
-        checkpoints=None,
-        net=net,
-        forward=swap94.forward,
-        running_mean=swap94.running_mean,
-        functions={},
+    functions = FUNCTIONS[place.settings['net']]
+    make_net, init_whitening_conv = functions['make_net'], functions['init_whitening_conv']
+    net = swap94.start(loader, hyp, seed, ALONE, None, make_net, init_whitening_conv)
+    losses = torch.full((len(loader.images),), math.inf, device=place.device)
+    make_optimizer = functions['make_optimizer']
+    result = swap94.fit(
+        net, loader, hyp, 'phase1', seed, ALONE, losses, make_optimizer=make_optimizer
     )
+    check_finished(result['record'], seed)
+    return net, result
+
+
+def train_worker(place, hyp, seed, worker, net, before, compute_loss=swap94.compute_loss):
+    """Train `net` for phase 2, from where another training ended. Returns what swap94.fit does.
+
+    Args:
+        worker: its number. Each has a seed of its own.
+        before: what swap94.fit returned for the other training.
+
+    Raises UserError if the network diverges.
+    """
+    functions = {
+        'make_optimizer': FUNCTIONS[place.settings['net']]['make_optimizer'],
+        'compute_loss': compute_loss,
+    }
+    net.load_state_dict(before['weights'])
+    loader, losses = loader_of(place, hyp), before['losses']
+    of_worker = swap94.worker_seed(seed, worker)
+    result = swap94.fit(net, loader, hyp, 'phase2', of_worker, ALONE, losses, **functions)
+    check_finished(result['record'], seed)
+    return result
 
 
 def train_swap(place, hyp, seed):
-    """(the Run, whose network has the average's weights; phase 1's model; the workers' models).
+    """(network with the mean of the workers' weights, phase 1's result, the workers' results)."""
+    net, phase1 = train_phase1(place, hyp, seed)
+    workers = range(hyp['phase2']['workers'])
+    results = [train_worker(place, hyp, seed, worker, net, phase1) for worker in workers]
+    swap94.average([result['weights'] for result in results], net, ALONE)
+    return net, phase1, results
 
-    Raises UserError if one of them diverges.
-    """
-    run = make_run(place, hyp, seed)
-    joint = run.phase1()
-    workers, _ = run.phase2(joint)
-    if len(workers) < hyp['phase2']['workers']:
-        raise UserError(f'the networks of seed {seed} diverge')
-    swap94.average([model['weights'] for model in workers], run.net, swap94.Team())
-    return run, joint, workers
+
+def measure(place, hyp, net, losses):
+    """Test accuracy of a network after phase 2, from 0 to 1, without test-time augmentation."""
+    loaders = loader_of(place, hyp), place.test_loader
+    return swap94.measure(net, loaders, losses, hyp, 'phase2', ALONE)

@@ -1,25 +1,27 @@
-"""Seconds of a run of swap94 on 1 to 64 GPUs, by a model of steps and all-reduces.
+"""Seconds of a run of swap94 on 1 to 64 GPUs, from a model of its steps and all-reduces.
 
     python -m studies.swap_cost                                # a table for each of three links
-    python -m studies.swap_cost --launch 2 --plot seconds.png  # steps of 2 ms at least; a picture
+    python -m studies.swap_cost --launch 2 --plot seconds.png  # steps of at least 2 ms; a picture
 
-**Nothing here is measured on several GPUs.** It is what follows from counted operations, bytes and
+**Nothing here was measured on several GPUs.** It follows from counted operations, bytes and
 all-reduces, and from these assumptions:
 
-- A step takes as long as its operations at the GPU's rate, and as its launches at least. The rate
-  is that of airbench94 as published: 0.36 PFLOP in 3.29 A100-seconds (Jordan 2024). The launches'
-  time is measured: 5.14 seconds for the 600 steps of records/94.py, on an H200, not compiled.
-- An all-reduce of n bytes by p GPUs takes 2 log2(p) latencies, and 2 (p - 1) / p n bytes of each
-  GPU's bandwidth: Rabenseifner's algorithm (Thakur, Rabenseifner and Gropp 2005, section 4.4).
-  Nothing overlaps with it.
-- A link's bandwidth is what its vendor or its name says, of one direction: 300 GB/s for an A100's
-  NVLink, 12.5 and 1.25 GB/s for 100 and 10 Gbit/s of Ethernet. The latencies, 10 and 50
-  microseconds, are assumed.
-- The methods are swap94.py's, with its defaults. They differ in accuracy, as logs/README.md says:
-  large-batch makes the steps of SWAP's phase 1 alone. "small/swap" is the ratio of the seconds of
-  small-batch and SWAP, which is the faster one where the ratio is above 1.
-- Batches are dealt out to all GPUs, those of phase 2 to the GPUs of a worker. Fewer GPUs than
-  workers train these in turn. Validation is left out, as on the scripts' clock.
+- A step takes as long as its operations at the GPU's rate, but at least as long as its launches.
+  The rate is airbench94's as published: 0.36 PFLOP in 3.29 A100-seconds (Jordan 2024). The time of
+  the launches is measured: the 600 steps of records/record94.py took 5.14 seconds on an H200,
+  without --compile.
+- An all-reduce of n bytes among p GPUs takes 2 log2(p) latencies, and sends 2 (p - 1) / p n bytes
+  at each GPU's bandwidth: Rabenseifner's algorithm (Thakur, Rabenseifner and Gropp 2005, section
+  4.4). Nothing overlaps with it.
+- The bandwidths are those that vendor or name state, in one direction: 300 GB/s for an A100's
+  NVLink, 12.5 and 1.25 GB/s for 100 and 10 Gbit/s Ethernet. The latencies, 10 and 50 microseconds,
+  are assumed.
+- The methods are studies.swap's, for swap94's own network. They reach different accuracies, as
+  logs/README.md says: large-batch takes as many steps as SWAP's phase 1, and no more. "small/swap"
+  is the seconds of small-batch divided by those of SWAP, which is faster where this is above 1.
+- All GPUs share the batches of phase 1, and the GPUs of a worker share those of phase 2. If there
+  are fewer GPUs than workers, they train them in turn. Validation is left out, as on the recipes'
+  clock.
 """
 
 import math
@@ -32,7 +34,12 @@ import numpy as np
 import torch
 
 import swap94
-from studies.common import Parser, UserError, exit_code, new_figure, save_figure
+from lab.errors import UserError, report_errors
+from lab.flops import evaluated_images, flop_of_steps, flop_per_image
+from lab.options import override
+from lab.summary import new_figure, save_figure
+from studies.common import Parser
+from studies.swap import METHODS
 
 GPUS = [1, 2, 4, 8, 16, 32, 64]
 TRAINING_IMAGES, TESTS, CLASSES = 50_000, 10_000, 10
@@ -66,46 +73,45 @@ class Gpu:
 
 @dataclass
 class Part:
-    """A part of a run, in which so many GPUs make steps together."""
+    """A part of a run, in which some GPUs take steps together."""
 
-    flops: list  # of each step, on one of them
+    flops: list  # operations of each step on one of the GPUs
     gpus: int
-    turns: int = 1  # how often it is made, one after another
+    turns: int = 1  # how often this happens, one after another
 
 
-@cache
 def hyp_of(method):
-    return swap94.override(swap94.hyp, swap94.METHODS[method])
+    return override(swap94.hyp, METHODS[method])
 
 
 @cache
 def gradient_bytes():
-    """What a rank gives to a step's all-reduce: the trained numbers in fp32."""
+    """What a rank sends with a step's all-reduce: the gradient, in fp32."""
     net = swap94.make_net(swap94.hyp, CLASSES, device='meta', dtype=torch.float32)
     return 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
 def steps_of(hyp, phase, gpus):
-    """The operations of each step of a phase on one of the GPUs that share it."""
+    """The operations of each step of a phase, on one of the GPUs that share it."""
     settings = swap94.phase_settings(hyp, phase)
-    return swap94.flop_of_steps(settings, TRAINING_IMAGES, CLASSES, gpus)
+    return flop_of_steps(swap94, settings, TRAINING_IMAGES, CLASSES, gpus)
 
 
 @cache
 def evaluation_flop(method):
-    """Operations of the images that a run evaluates, on all GPUs together."""
+    """Operations to evaluate the final network, on all GPUs together."""
     hyp = hyp_of(method)
-    _, of_view = swap94.flop_per_image(hyp, CLASSES)
-    return swap94.evaluated_images(hyp, TRAINING_IMAGES, TESTS) * of_view
+    _, of_view = flop_per_image(swap94, hyp, CLASSES)
+    return evaluated_images(hyp, TRAINING_IMAGES, TESTS) * of_view
 
 
 @cache
 def parts_of(method, gpus):
-    """The parts of a run of swap94.py --method `method` with its defaults."""
+    """The parts of a run."""
     hyp = hyp_of(method)
+    workers = hyp['phase2']['workers']
     parts = [Part(steps_of(hyp, 'phase1', gpus), gpus)]
-    if method == 'swap':
-        workers = hyp['phase2']['workers']
+    if workers > 0:
         of_worker = max(1, gpus // workers)
         turns = math.ceil(workers / gpus)
         parts.append(Part(steps_of(hyp, 'phase2', of_worker), of_worker, turns))
@@ -120,7 +126,7 @@ def part_seconds(part, gpu, link):
 
 
 def run_seconds(method, gpus, gpu, link):
-    """Seconds of a run of swap94.py --method `method` with its defaults."""
+    """Seconds of a run."""
     seconds = sum(part_seconds(part, gpu, link) for part in parts_of(method, gpus))
     return seconds + evaluation_flop(method) / gpus / gpu.rate
 
@@ -130,13 +136,13 @@ def print_table(link, seconds):
     print('method       ' + ''.join(f'{gpus:9} GPU{"s" if gpus > 1 else " "}' for gpus in GPUS))
     for method, values in seconds.items():
         print(f'{method:13}' + ''.join(f'{value:13.2f}' for value in values))
-    # Not of large-batch, which takes less than both and gives less.
+    # large-batch needs less than both, but it also reaches less.
     ratio = np.array(seconds['small-batch']) / seconds['swap']
     print(f'{"small/swap":13}' + ''.join(f'{value:13.2f}' for value in ratio))
 
 
 def draw(results, file):
-    """Write a picture with a panel for each link. results: [(link, {method: seconds})]."""
+    """Write a picture with a panel for each link. results: a list of (link, {method: seconds})."""
     figure = new_figure(11, 4)
     panels = figure.subplots(1, len(results), sharey=True)
     for axes, (link, seconds) in zip(panels, results):
@@ -158,10 +164,10 @@ def draw(results, file):
 def parse_args(argv):
     parser = Parser('python -m studies.swap_cost', __doc__)
     add = parser.add_argument
-    add('--rate', type=float, default=109.0, help='TFLOP/s of a GPU (default: %(default)s)')
-    add('--launch', type=float, default=8.5, help='ms of a step at least (default: %(default)s)')
-    add('--latency', type=float, help='us of every link, in place of its own')
-    add('--bandwidth', type=float, help='GB/s of one link, in place of the three')
+    add('--rate', type=float, default=109.0, help="a GPU's TFLOP/s (default: %(default)s)")
+    add('--launch', type=float, default=8.5, help='least ms of a step (default: %(default)s)')
+    add('--latency', type=float, help="us, instead of each link's own")
+    add('--bandwidth', type=float, help='GB/s of one link, instead of the three')
     add('--plot', metavar='FILE', help='draw the tables: .png, .svg or .pdf')
     args = parser.parse_args(argv)
     for name in ('rate', 'launch', 'latency', 'bandwidth'):
@@ -186,17 +192,17 @@ def show_costs(argv):
     results = []
     for link in chosen_links(args):
         seconds = {
-            method: [run_seconds(method, gpus, gpu, link) for gpus in GPUS]
-            for method in swap94.METHODS
+            method: [run_seconds(method, gpus, gpu, link) for gpus in GPUS] for method in METHODS
         }
         results.append((link, seconds))
         print_table(link, seconds)
     if args.plot is not None:
         draw(results, Path(args.plot))
+    return 0
 
 
 def main(argv=None):
-    return exit_code('swap_cost.py', show_costs, argv)
+    return report_errors('studies.swap_cost', show_costs, argv)
 
 
 if __name__ == '__main__':

@@ -4,19 +4,19 @@
     torchrun --nproc_per_node=8 -m studies.swap_tables --net resnet9 --scale paper --data cifar10
     python -m studies.swap_tables --show --out logs/mine    # the table and the picture again
 
---net airbench is swap94.py's network, and at paper scale its recipes. --net resnet9 is the paper's:
-the ResNet-9 of DAWNBench, by SGD with Nesterov's momentum, cutout, and the batches, epochs and
-rates of Table 5, or of Table 6 for 100 classes. Where the paper does not say what it did, it is
-this: cutout of 8 pixels, translations of 4 at most, alternating flip, and rates that rise to their
-peak and fall to 0 along straight lines.
+--net airbench is swap94.py's network, and at paper scale its settings. --net resnet9 is the
+paper's: DAWNBench's ResNet-9, trained with SGD, Nesterov's momentum, cutout, and the batches,
+epochs and learning rates of Table 5, or of Table 6 for 100 classes. Where the paper does not say
+what it did, we use cutout of 8 pixels, shifts of up to 4, alternating flip, and learning rates that
+rise to their peak and fall to 0 linearly.
 
-Accuracies are without test-time augmentation. Operations and all-reduces are those of the longest
-of 8 ranks that share phase 1's batches and have a worker each; the seconds are those of one process
-that makes all of it in turn, without validation.
+Accuracies are without test-time augmentation. Operations and all-reduces are those of the slowest
+of 8 ranks that share phase 1's batches and train a worker each. The seconds are those of one
+process that does everything in turn, without validation.
 
---scale paper trains 10 networks a row: of ResNet-9, 720 PFLOP, and 600 for 100 classes, or two
-A100-hours at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains narrow networks
-on a tenth of the images.
+--scale paper trains 10 networks for each row: with ResNet-9, 720 PFLOP, or 600 for 100 classes.
+That is two A100-hours at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains
+narrow networks on a tenth of the images.
 """
 
 import sys
@@ -24,26 +24,26 @@ import sys
 import numpy as np
 
 import swap94
+from lab.flops import swap_costs
+from lab.summary import new_figure
 from studies.common import (
     COLOURS,
     Study,
-    UserError,
     by_seed,
     in_cell,
     mean_and_interval,
-    new_figure,
     paired_p,
     run_study,
     save_both,
     two_whole_seeds,
 )
-from studies.swap import hyp_of, loader_of, network, scales
+from studies.swap import FUNCTIONS, check_finished, hyp_of, loader_of, recipe_of, scales
 
 SCALES = scales({'paper': {'runs': 10}, 'small': {'runs': 6}, 'smoke': {'runs': 2}})
 METHODS = ['small-batch', 'large-batch', 'swap']
 ROWS = ['small-batch', 'large-batch', 'SWAP, before averaging', 'SWAP, after averaging']
 
-# (number of classes): a (accuracy in %, its deviation, seconds on 8 V100s) of each of ROWS.
+# {number of classes: (accuracy in %, its standard deviation, seconds on 8 V100s) of each row}
 PUBLISHED = {
     10: [(95.24, 0.09, 254), (94.77, 0.23, 133), (94.70, 0.20, 168), (95.23, 0.08, 169)],
     100: [(77.01, 0.25, 574), (75.84, 0.35, 116), (75.74, 0.15, 123), (78.18, 0.21, 125)],
@@ -60,22 +60,22 @@ def plan(settings, records):
 
 
 def train(cell, seed, place):
-    """A network's accuracy, its workers' before averaging, in [0, 1], and what it cost."""
-    hyp = hyp_of(place.settings, cell['method'], len(place.train_loader.classes))
-    loader = loader_of(place, hyp)
-    with network(place.settings['net']):
-        options = {'method': cell['method']}
-        _, record = swap94.train(loader, place.test_loader, hyp, seed, **options)
-    if 'failed' in record:
-        raise UserError(f'the network of seed {seed} diverges: {record["failed"]}')
-    phases = record['phases'].values()
+    """A network's accuracy, its workers' before averaging, from 0 to 1, and what it cost."""
+    hyp = hyp_of(place, cell['method'])
+    net = place.settings['net']
+    loader, tests = loader_of(place, hyp), place.test_loader
+    _, record = swap94.train(loader, tests, hyp, seed, **FUNCTIONS[net])
+    for result in (record, *record['workers']):
+        check_finished(result, seed)
+    sizes = len(loader.images), len(tests.images), place.num_classes
+    costs = swap_costs(recipe_of(net), hyp, *sizes, record).values()
     return {
         'val_acc': record['val_acc'],
-        'workers': [worker['epochs'][-1]['val_acc'] for worker in record['workers']],
-        'joint_epochs': len(record['joint']['epochs']),
+        'workers': [worker['val_acc'] for worker in record['workers']],
+        'joint_epochs': len(record['phase1']['epochs']),
         'training_seconds': record['seconds'],
-        'pflop': sum(phase['pflop'] for phase in phases),
-        'all_reduces': sum(phase['all_reduces'] for phase in phases),
+        'pflop': sum(cost['pflop'] for cost in costs),
+        'all_reduces': sum(cost['all_reduces'] for cost in costs),
     }
 
 
@@ -83,7 +83,7 @@ def train(cell, seed, place):
 
 
 def accuracies_of(records):
-    """{row: accuracies in percent, by seed}, of ROWS; before averaging, means over the workers."""
+    """{row: accuracies in percent, by seed}. Those before averaging are means of the workers'."""
     found = {}
     for method, row in zip(METHODS, [*ROWS[:2], ROWS[3]]):
         of_method = by_seed(records, method=method)

@@ -1,19 +1,20 @@
 """What warmup of the learning rate does, and freezing the head instead (Gotmare et al. 2019, 4).
 
-    python -m studies.warmup                                # in 15 minutes, on two CPU cores
+    python -m studies.warmup                                # 15 minutes on two CPU cores
     torchrun --nproc_per_node=8 -m studies.warmup --net resnet18 --scale paper --data cifar10
     python -m studies.warmup --show --out logs/mine         # the table and the pictures again
 
-A network is trained in small batches; and in large ones, at a rate that is as much higher, without
-warmup, with warmup (the rate rises from 0), and without it but with the fully connected layers
-frozen for as long. SVCCA compares each layer after the warmup with itself at the start, and, of the
-training with warmup, at the end with after the warmup (Figures 4 and 5). Then the rate is divided
-by 10 at three places. The paper: with warmup, as in small batches, the last layers stay more alike
-to their start than without, and freezing them does as well as warmup (Figure 6, Appendix 10).
+We train a network in small batches; and in large batches, at a learning rate that is higher by the
+same factor: without warmup, with warmup (the rate rises from 0), and with the fully connected
+layers frozen for as long as warmup would take. Later the rate is divided by 10 at three places.
+SVCCA compares each layer after the warmup with the same layer at the start, and for the training
+with warmup also the end with the state after the warmup (Figures 4 and 5). The paper: with warmup,
+as in small batches, the last layers stay more similar to their start than without it, and freezing
+them does as well as warmup (Figure 6, Appendix 10).
 
---scale paper is the paper's, with VGG-11, 3 seeds and 4 trainings of 300 epochs: 550 PFLOP, or 1.4
-A100-hours at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains narrow networks
-on 2000 images.
+--scale paper is the paper's setting, with VGG-11, 3 seeds and 4 trainings of 300 epochs: 550 PFLOP,
+or 1.4 A100-hours at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains narrow
+networks on 2000 images.
 """
 
 import sys
@@ -23,25 +24,25 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 import airbench94
+from lab.summary import new_figure
 from studies.common import (
     COLOURS,
     Study,
     by_seed,
     mean_and_interval,
-    new_figure,
     paired_p,
     run_study,
     save_both,
     two_whole_seeds,
 )
 from studies.modes import dropping, loaders_of, make_network, make_sgd, train
-from studies.svcca import compared_images, draw_matrices, layers_of, outputs_of, similarities
+from studies.svcca import compared_images, draw_matrices, layers_of, observe, similarities
 
 SCALES = {
     'paper': {
         'images': None,  # of the training set: all
-        'compared': 2000,  # test images, by SVCCA
-        'share': 1.0,  # of the network's widths
+        'compared': 2000,  # test images, for SVCCA
+        'share': 1.0,  # of the network's full widths
         'batch_size': 100,
         'large_batch_size': 5000,
         'lr': 0.05,
@@ -66,7 +67,7 @@ SCALES = {
     },
     'smoke': {
         'images': 100,
-        'compared': 40,
+        'compared': 200,
         'share': 0.0625,
         'batch_size': 20,
         'large_batch_size': 50,
@@ -99,7 +100,7 @@ def plan(settings, records):
 
 
 def rate_share(settings, steps, has_warmup):
-    """The share of the peak rate at a step; steps: of an epoch."""
+    """A function: the learning rate at a step, as a share of the peak. steps: in an epoch."""
     dropped = dropping([drop * steps for drop in settings['drops']], 0.1)
 
     def share(step):
@@ -116,7 +117,7 @@ def head_of(net):
 
 
 def train_cell(cell, seed, place):
-    """Accuracies after each epoch, and similarities of the layers between three moments."""
+    """Accuracies after each epoch, and how similar the layers are at three moments."""
     settings, name = place.settings, cell['training']
     size = 'batch_size' if name == 'sb' else 'large_batch_size'
     lr = settings['lr'] if name == 'sb' else settings['large_lr']
@@ -124,12 +125,12 @@ def train_cell(cell, seed, place):
     loader.seed = seed
     net = make_network(settings['net'], loader, settings['share'], seed)
     images = compared_images(place)
-    accuracies, outputs = [], {}
+    accuracies, layers = [], {}
 
     def look(epoch):
         accuracies.append(airbench94.evaluate(net, tests))
         if epoch in (0, settings['warm_up'], settings['epochs']):
-            outputs[epoch] = outputs_of(net, images)
+            layers[epoch] = observe(net, images)
         if epoch == settings['warm_up']:
             for p in head_of(net):
                 p.requires_grad = True
@@ -140,7 +141,7 @@ def train_cell(cell, seed, place):
         p.requires_grad = name != 'lb-frozen'
     share = rate_share(settings, len(loader), name == 'lb-warmup')
     train(net, loader, optimizer, LambdaLR(optimizer, share), settings['epochs'], on_epoch=look)
-    start, warm, end = [outputs[epoch] for epoch in (0, settings['warm_up'], settings['epochs'])]
+    start, warm, end = [layers[epoch] for epoch in (0, settings['warm_up'], settings['epochs'])]
     kinds = [type(layer).__name__ for layer in layers_of(net).values()]
     return {
         'val_acc': accuracies,
@@ -154,7 +155,7 @@ def train_cell(cell, seed, place):
 
 
 def head_similarities(records, name):
-    """Of each seed: the mean over the head's layers of their similarity to their start."""
+    """For each seed, how similar the head's layers are to their start, on average."""
     means = []
     for record in by_seed(records, training=name):
         diagonal = np.diag(record['start and warm'])
@@ -163,7 +164,7 @@ def head_similarities(records, name):
 
 
 def accuracies_at(records, name, epoch):
-    """In percent, of each seed."""
+    """Each seed's accuracy after an epoch, in percent."""
     return np.array([100 * record['val_acc'][epoch] for record in by_seed(records, training=name)])
 
 
@@ -192,7 +193,7 @@ def print_table(records, warm_up):
 
 
 def draw_trainings(records, warm_up, stem):
-    """Figure 4: accuracies, and the similarity of each layer to its start."""
+    """Figure 4: accuracies, and how similar each layer is to its start."""
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     for (name, title), colour in zip(TRAININGS.items(), COLOURS):
