@@ -1,11 +1,11 @@
-"""The kernels' machine code, which needs no GPU: registers, spills, widths of loads and stores.
+"""The kernels' machine code, without a GPU: registers, spills, widths of loads and stores.
 
     python tests/machine_code.py
 
-For NVIDIA's 8.0 (A100) and 9.0 (H100), disassembled by the tools in the triton package, and for
-AMD's gfx942 (MI300). Instructions are those of the program's text, and of the longest loop in it,
-which is not looked for in AMD's; flip_crop executes its loop four times for a 32 x 32 image. The
-column 'fused' counts fp32 multiply-adds that round once.
+For NVIDIA's 8.0 (A100) and 9.0 (H100), disassembled with the tools in the triton package, and for
+AMD's gfx942 (MI300). The instructions are those in the program's text and, except for AMD, those in
+its longest loop. flip_crop runs its loop four times for a 32 x 32 image. The column 'fused' counts
+fp32 multiply-adds that round once.
 """
 
 import os
@@ -61,12 +61,12 @@ AMD_BYTES = {
 
 
 def pointer(dtype):
-    """What Triton's launcher calls the type of a tensor's address: '*u1' for torch.bool."""
+    """Triton's name for the type of a tensor's address, for example '*u1' for torch.bool."""
     return mangle_type(torch.empty(0, dtype=dtype))
 
 
 def flip_crop_source(dtype, cutout):
-    """(kernel, types of its arguments, constants, options), as flip_crop launches it."""
+    """(kernel, types of its arguments, constants, options): what flip_crop launches."""
     types = {
         'batch': pointer(dtype),
         'images': pointer(torch.uint8),
@@ -89,15 +89,15 @@ def flip_crop_source(dtype, cutout):
     return _flip_crop_kernel, types, constants, {'num_warps': 1, 'enable_fp_fusion': False}
 
 
-def lerp_source(copy_back, aligned=True):
-    """The same of lookahead, or without copy_back of running_mean."""
+def lerp_source(aligned=True):
+    """The same for lookahead."""
     types = {'table': pointer(torch.int64), 'share': 'fp32'}
-    constants = {'COPY_BACK': copy_back, 'ALIGNED': aligned, 'BLOCK': BLOCK}
+    constants = {'COPY_BACK': True, 'ALIGNED': aligned, 'BLOCK': BLOCK}
     return _lerp_kernel, types, constants, OPTIONS
 
 
 def mean_source():
-    """The same of mean."""
+    """The same for mean."""
     types = {'table': pointer(torch.int64), 'networks': 'i32'}
     return _mean_kernel, types, {'ALIGNED': True, 'BLOCK': BLOCK}, OPTIONS
 
@@ -108,14 +108,13 @@ def sources():
     for name, dtype in (('fp16', torch.float16), ('bf16', torch.bfloat16), ('fp32', torch.float32)):
         found[f'flip_crop {name}'] = flip_crop_source(dtype, cutout=False)
         found[f'flip_crop {name} cutout'] = flip_crop_source(dtype, cutout=True)
-    found['lookahead'] = lerp_source(copy_back=True)
-    found['running_mean'] = lerp_source(copy_back=False)
+    found['lookahead'] = lerp_source()
     found['mean'] = mean_source()
     return found
 
 
 def compiled(kernel, types, constants, options, target):
-    """Compile as the launcher does for tensors that begin at multiples of 16 bytes."""
+    """Compile as the launcher does for tensors that start at multiples of 16 bytes."""
     names = kernel.arg_names
     signature = {name: types.get(name, 'constexpr') for name in names}
     attributes = {}
@@ -145,7 +144,7 @@ def disassemble(cubin):
 
 
 def sass_widths(names, kind):
-    """How many instructions of a kind move how many bytes a thread."""
+    """{bytes that a thread moves at once: how many instructions}, for one kind of instruction."""
     widths = Counter()
     for name in names:
         if name.startswith(kind):
@@ -155,7 +154,7 @@ def sass_widths(names, kind):
 
 
 def longest_loop(text):
-    """Instructions from a label to the branch back to it, in the longest loop; 0 without one."""
+    """How many instructions the longest loop has, from its label to the branch back; or 0."""
     place = 0
     labels = {}
     longest = 0
@@ -166,14 +165,14 @@ def longest_loop(text):
         elif re.search(r'/\*[0-9a-f]{4,}\*/', line):
             place += 1
             branch = re.search(r'\bBRA\b.*?`\((\.L_\w+)\)', line)
-            # A branch to itself is no loop: it ends the program's text.
+            # A branch to itself is no loop. It ends the program's text.
             if branch and labels.get(branch[1], place) < place - 1:
                 longest = max(longest, place - labels[branch[1]])
     return longest
 
 
 def sass_report(cubin):
-    """COLUMNS from 'registers' on, of an NVIDIA binary."""
+    """The values for COLUMNS from 'registers' on, for an NVIDIA binary."""
     text, usage = disassemble(cubin)
     names = re.findall(r'/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)', text)
     spilled = usage['STACK'] + usage['LOCAL']
@@ -196,7 +195,7 @@ def amd_widths(text, kind):
 
 
 def amd_report(text):
-    """The same of AMD's assembly."""
+    """The same for AMD's assembly."""
     spilled = 0
     for key in ('private_segment_fixed_size', 'vgpr_spill_count', 'sgpr_spill_count'):
         spilled += amd_number(text, key)
@@ -209,7 +208,7 @@ def amd_report(text):
 
 
 def report_row(name, source, target):
-    """A dict of COLUMNS."""
+    """{column: value}."""
     binary = compiled(*source, TARGETS[target])
     if TARGETS[target].backend == 'cuda':
         values = sass_report(binary.asm['cubin'])
@@ -227,7 +226,7 @@ def report():
 
 def main():
     form = '{:21} {:7} {:>9} {:>7} {:>12} {:>5} {:>5}  {:22} {}'
-    print(f'triton {triton.__version__}; loads and stores: bytes a thread x how many')
+    print(f'triton {triton.__version__}; loads and stores: bytes per thread x how many')
     print(form.format(*COLUMNS))
     for row in report():
         for key in ('loads', 'stores'):

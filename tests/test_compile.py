@@ -1,11 +1,11 @@
-"""--compile, on the CPU: the same training, compiled before the clock starts and never again."""
+"""--compile on the CPU: the same training, compiled before the clock starts, and never again."""
 
 import functools
 import os
 
 import pytest
 import torch
-from conftest import NARROW, TINY, call, figures, load_log, needs_compiler, refuse
+from conftest import NARROW, figures, make_loaders, needs_compiler
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -13,26 +13,29 @@ from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 
 import airbench94
-from airbench94 import CifarLoader, override, train, warm_up
+from airbench94 import fast_path, train, warm_up
+from kernels import compiled
+from lab.options import override
 
-FLOAT64 = {'device': torch.device('cpu'), 'dtype': torch.float64}
+CPU = torch.device('cpu')
+FLOAT64 = {'device': CPU, 'dtype': torch.float64}
 
 
 def copy_of(net):
     return {key: value.clone() for key, value in net.state_dict().items()}
 
 
-class Compiled:
+class Trainings:
     """Three compiled trainings of one network, with seeds 0, 1 and 0, and an eager one with 0."""
 
-    def __init__(self, folder):
+    def __init__(self):
         settings = [*NARROW, 'opt.train_epochs=1.5', 'opt.whiten_bias_epochs=1']
         hyp = override(airbench94.hyp, settings)
-        train_loader = CifarLoader(folder, True, 32, hyp['aug'], **FLOAT64)
-        test_loader = CifarLoader(folder, False, 25, **FLOAT64)  # of 60: the last batch is short
+        train_loader, test_loader = make_loaders(dtype=torch.float64)
+        test_loader.batch_size = 25  # of 60 images, so the last batch is short
         torch._dynamo.reset()
         counters.clear()
-        self.faster = airbench94.compiled(hyp, **FLOAT64)
+        self.faster = fast_path(train_loader, hyp)
         self.addresses_before = self.addresses()
         warm_up(train_loader, test_loader, hyp, self.faster)
         self.graphs = [counters['stats']['unique_graphs']]
@@ -50,25 +53,25 @@ class Compiled:
 
 
 @pytest.fixture(scope='module')
-def compiled(folder):
-    """By airbench94; test_copies.py holds the code of the other scripts the same.
+def trainings():
+    """With airbench94, whose code the others share (test_copies.py).
 
-    By Dynamo and AOTAutograd alone: Inductor takes minutes, and has a test of its own below.
+    Only Dynamo and AOTAutograd compile. Inductor takes minutes, and has a test of its own below.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))
-        return Compiled(folder)
+        return Trainings()
 
 
-def test_nothing_compiles_after_the_warm_up_and_the_step_is_whole(compiled):
+def test_nothing_compiles_after_the_warm_up_and_the_step_is_whole(trainings):
     # Steps with and without the whitening bias, full and short batches of tests.
-    assert compiled.graphs == [4, 4, 4, 4]
-    assert not compiled.breaks
+    assert trainings.graphs == [4, 4, 4, 4]
+    assert not trainings.breaks
 
 
-def test_a_compiled_training_is_the_eager_one(compiled):
-    record, state = compiled.results[0]
-    eager_record, eager_state = compiled.eager
+def test_a_compiled_training_is_the_eager_one(trainings):
+    record, state = trainings.results[0]
+    eager_record, eager_state = trainings.eager
     for key, value in eager_state.items():
         torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-9)
     losses = [epoch['train_loss'] for epoch in record['epochs']]
@@ -77,8 +80,8 @@ def test_a_compiled_training_is_the_eager_one(compiled):
     assert record['tta_val_acc'] == eager_record['tta_val_acc']
 
 
-def test_a_run_is_the_same_whichever_ran_before_it(compiled):
-    (first, state), (_, other_state), (again, state_again) = compiled.results
+def test_a_run_is_the_same_whichever_ran_before_it(trainings):
+    (first, state), (_, other_state), (again, state_again) = trainings.results
     assert figures(again) == figures(first)
     assert all(torch.equal(state_again[key], value) for key, value in state.items())
     for key, value in state.items():
@@ -90,15 +93,15 @@ def test_a_run_is_the_same_whichever_ran_before_it(compiled):
 def test_inductors_step_is_the_eager_one(narrow):
     """Forward and backward of a step in float64.
 
-    With one block of the network, and without vector instructions, which is quick to compile.
+    One block of the network, without vector instructions, is quick to compile.
     """
     torch._dynamo.reset()
-    faster = airbench94.compiled(narrow, **FLOAT64)
+    compiled_loss = compiled(airbench94.compute_loss, CPU)
     inputs = torch.randn(8, 3, 32, 32, dtype=torch.float64)
     inputs = inputs.to(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (8,))
     results = []
-    for compute_loss in (faster['compute_loss'], airbench94.compute_loss):
+    for compute_loss in (compiled_loss, airbench94.compute_loss):
         torch.manual_seed(0)
         whitening, activation, block, *_ = airbench94.make_net(narrow, **FLOAT64)
         head = torch.nn.Linear(8 * 15 * 15, 10, dtype=torch.float64)
@@ -111,49 +114,9 @@ def test_inductors_step_is_the_eager_one(narrow):
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
-def test_runs_share_the_networks_memory(compiled):
-    """Which CUDA graphs need."""
-    assert compiled.addresses() == compiled.addresses_before
-
-
-def test_the_command_compiles_and_takes_the_kernels(tmp_path, folder, monkeypatch, capsys):
-    """The kernels are interpreted, and torch.compile stops before it writes code, as that is slow.
-
-    What it would write is tested above.
-    """
-    pytest.importorskip('triton', reason='needs Triton')
-    if torch.cuda.is_available():
-        pytest.skip('needs the interpreter, and so a machine without a GPU')
-    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))
-    torch._dynamo.reset()
-    args = ['--data', folder, '--out', tmp_path / 'fast', *TINY, 'opt.batch_size=16']
-    args += ['aug.cutout=4', 'opt.train_epochs=0.4', '--kernels', 'on', '--compile']
-    assert call(*args) == 0
-    out = capsys.readouterr().out
-    assert 'float32, compiled, kernels of Triton\n' in out and 'warming up' in out
-    args += ['--out', tmp_path / 'plain', '--kernels', 'off']
-    args.remove('--compile')
-    assert call(*args) == 0
-    out = capsys.readouterr().out
-    assert 'float32, eager, kernels of torch\n' in out and 'warming up' not in out
-    fast, plain = load_log(tmp_path / 'fast'), load_log(tmp_path / 'plain')
-    (fast_run,), (run,) = fast['runs'], plain['runs']
-    assert (fast['mode'], fast_run['kernels']) == ('compiled', 'Triton')
-    assert (plain['mode'], run['kernels']) == ('eager', 'torch')
-    assert fast_run['warm_up_seconds'] > 0 and 'warm_up_seconds' not in run
-    loss, fast_loss = (r['epochs'][0]['train_loss'] for r in (run, fast_run))
-    assert fast_loss == pytest.approx(loss, rel=1e-3)
-
-
-def test_what_cannot_be_compiled_is_said_in_one_line(tmp_path, folder, monkeypatch):
-    def fail(module, inputs):
-        raise RuntimeError('there is no g++')
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend=fail))
-    line = refuse('--data', folder, '--out', tmp_path / 'log', *TINY, '--compile')
-    assert line.startswith('the warm-up run failed: ') and 'there is no g++' in line
-    assert not list((tmp_path / 'log' / 'runs').iterdir())
+def test_runs_share_the_networks_memory(trainings):
+    """CUDA graphs need that."""
+    assert trainings.addresses() == trainings.addresses_before
 
 
 def test_processes_on_a_node_share_its_cores_when_they_compile(monkeypatch):
@@ -162,30 +125,30 @@ def test_processes_on_a_node_share_its_cores_when_they_compile(monkeypatch):
 
     monkeypatch.setattr(os, 'cpu_count', cpu_count)
     monkeypatch.delenv('TORCHINDUCTOR_COMPILE_THREADS', raising=False)
-    for processes, threads in (('8', 12), ('200', 1), ('1', 32)):
+    for processes, threads in (('8', 12), ('200', 1), ('1', 32), ('', 32)):
         monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
         with inductor_config.patch(compile_threads=5):
-            airbench94.compiled(**FLOAT64)
+            compiled(airbench94.forward, CPU)
             assert inductor_config.compile_threads == threads
-    monkeypatch.setenv('TORCHINDUCTOR_COMPILE_THREADS', '5')  # torch has read it by itself
+    monkeypatch.setenv('TORCHINDUCTOR_COMPILE_THREADS', '5')  # torch reads it by itself
     with inductor_config.patch(compile_threads=5):
-        airbench94.compiled(**FLOAT64)
+        compiled(airbench94.forward, CPU)
         assert inductor_config.compile_threads == 5
 
 
 @needs_compiler
-def test_the_timing_of_kernels_prints_no_tables(capfd):
-    caches = {'autotune_local_cache': False, 'fx_graph_cache': False}  # would make it unneeded
+def test_autotuning_prints_no_tables(capfd):
+    caches = {'autotune_local_cache': False, 'fx_graph_cache': False}  # else it may find a result
     with inductor_config.patch(max_autotune=True, freezing=True, **caches):
-        airbench94.compiled(**FLOAT64)
+        linear = compiled(torch.nn.Linear(64, 64, bias=False).eval(), CPU)
         with torch.no_grad():
-            torch.compile(torch.nn.Linear(64, 64, bias=False).eval())(torch.randn(32, 64))
+            linear(torch.randn(32, 64))
     printed = ''.join(capfd.readouterr())
     assert 'AUTOTUNE' not in printed and 'Autotune' not in printed
 
 
-def test_all_that_is_kept_between_steps_stays_in_its_place(narrow):
-    """CUDA graphs copy inputs that may move, and are given up where a changed one may: none may."""
+def test_what_steps_keep_stays_in_its_place(narrow):
+    """CUDA graphs copy inputs that may move, and torch gives up graphs that change such inputs."""
     seen = []
 
     def look(module, inputs):
@@ -206,15 +169,13 @@ def test_all_that_is_kept_between_steps_stays_in_its_place(narrow):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
-def test_cuda_graphs_train_as_eager_mode_does(loaders, narrow):
-    augment, kernels = airbench94.load_kernels('on', torch.device('cuda'))
-    options = {'device': 'cuda', 'dtype': torch.float16}
-    train_loader, test_loader = loaders(**options, augment=augment)
+def test_cuda_graphs_train_as_eager_mode_does(narrow):
+    train_loader, test_loader = make_loaders(device='cuda', dtype=torch.float16)
     test_loader.batch_size = 25
-    faster = airbench94.compiled(narrow, **options) | kernels
+    _, eager = train(train_loader, test_loader, narrow)
+    faster = fast_path(train_loader, narrow)
     warm_up(train_loader, test_loader, narrow, faster)
     graphs = counters['stats']['unique_graphs']
-    _, eager = train(train_loader, test_loader, narrow)
     for _ in range(2):
         _, record = train(train_loader, test_loader, narrow, **faster)
         loss, eager_loss = (r['epochs'][0]['train_loss'] for r in (record, eager))

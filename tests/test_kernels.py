@@ -1,22 +1,20 @@
-"""The kernels against plain torch, their properties, and what they refuse.
+"""The kernels against plain torch, their properties, what they refuse, and when recipes use them.
 
-Without a GPU, Triton's interpreter runs them, on the CPU.
+Without a GPU, Triton's interpreter runs them on the CPU.
 """
 
 import os
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_loaders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import airbench94
-import kernels
-from kernels import bench, flip_crop, lookahead, mean, require, running_mean
+from kernels import bench, fast_path, faster_augment, flip_crop, lookahead, mean
 from kernels.flip_crop import flip_crop_ref, triton
 from kernels.weight_average import (
     BLOCK,
@@ -26,7 +24,6 @@ from kernels.weight_average import (
     lookahead_ref,
     make_table,
     mean_ref,
-    running_mean_ref,
 )
 
 pytestmark = pytest.mark.skipif(triton is None, reason='needs Triton')
@@ -41,7 +38,7 @@ AS_PIXELS = {  # leaves the pixels as they are
     'scale': torch.ones(3, device=DEVICE),
     'dtype': torch.float32,
 }
-POISON = -77.0  # in memory that nothing may write to
+POISON = -77.0  # fills memory that nothing may write to
 few = settings(max_examples=20, deadline=None, derandomize=True)
 
 
@@ -49,7 +46,7 @@ few = settings(max_examples=20, deadline=None, derandomize=True)
 
 
 def draw(n, side, batch, seed, translate=None):
-    """Images and the arguments of augment, with shifts up to translate, or up to all allowed."""
+    """Images and arguments of augment, with shifts up to translate, or as large as allowed."""
     g = torch.Generator().manual_seed(seed)
     if translate is None:
         translate = side - 1
@@ -62,7 +59,7 @@ def draw(n, side, batch, seed, translate=None):
 
 
 def assert_within_a_unit(got, expected, *operands):
-    """In the last place of the largest operand, or of the largest of the two themselves."""
+    """A unit in the last place of the largest operand; without operands, of the larger result."""
     operands = operands or (got, expected)
     largest = torch.stack([operand.abs() for operand in operands]).amax(0)
     unit = torch.nextafter(largest, torch.full_like(largest, torch.inf)) - largest
@@ -76,7 +73,7 @@ def assert_within_a_unit(got, expected, *operands):
     cutout=st.integers(0, 9),
     seed=st.integers(0, 999),
 )
-def test_flip_crop_equals_the_scripts_augment_to_the_bit(side, batch, cutout, seed):
+def test_flip_crop_gives_the_bits_of_augment(side, batch, cutout, seed):
     arguments = draw(4, side, batch, seed)
     got = flip_crop(*arguments, size=cutout, **NORMALIZE)
     for plain in (airbench94.augment, flip_crop_ref):
@@ -94,7 +91,7 @@ def test_flip_crop_at_real_sizes(side, cutout, dtype):
     got = flip_crop(*arguments, size=cutout, **options)
     expected = airbench94.augment(*arguments, size=cutout, **options)
     assert got.dtype == dtype
-    if dtype == torch.bfloat16:  # which the interpreter rounds towards zero
+    if dtype == torch.bfloat16:  # the interpreter rounds it towards zero
         assert_within_a_unit(got, expected)
     else:
         assert torch.equal(got, expected)
@@ -123,7 +120,7 @@ def test_without_flip_and_shift_it_is_a_pure_copy(side, seed):
 
 
 @pytest.mark.parametrize('side', [5, 11, 32])
-def test_flip_crop_writes_its_batch_alone(side, monkeypatch):
+def test_flip_crop_writes_only_its_batch(side, monkeypatch):
     arguments = draw(4, side, 3, seed=1)
     size = 3 * side * side * 3
     memory = torch.full((200 + size + 200,), POISON, device=DEVICE)
@@ -178,8 +175,8 @@ a_form = st.tuples(st.sampled_from(SHAPES), st.sampled_from(DTYPES))
 some_forms = st.lists(a_form, min_size=1, max_size=3)
 
 
-def made_up(forms, seed):
-    """Tensors of those (shape, dtype); filters are channels_last, as a network's."""
+def random_tensors(forms, seed):
+    """Tensors with these (shape, dtype); filters are channels_last, as in a network."""
     tensors = []
     for i, (shape, dtype) in enumerate(forms):
         g = torch.Generator().manual_seed(seed + i)
@@ -197,8 +194,8 @@ def copies(tensors):
 @few
 @given(forms=some_forms, decay=st.sampled_from([0.0, 0.3, 0.77, 1.0]), seed=st.integers(0, 999))
 def test_lookahead_equals_its_reference(forms, decay, seed):
-    averages = made_up(forms, seed)
-    weights = made_up(forms, seed + 500)
+    averages = random_tensors(forms, seed)
+    weights = random_tensors(forms, seed + 500)
     old_averages = copies(averages)
     old_weights = copies(weights)
     expected = copies(averages)
@@ -214,7 +211,7 @@ def test_lookahead_equals_its_reference(forms, decay, seed):
 @few
 @given(forms=some_forms, n=st.integers(1, 9), seed=st.integers(0, 999))
 def test_mean_equals_its_reference(forms, n, seed):
-    networks = [made_up(forms, seed + 10 * i) for i in range(n)]
+    networks = [random_tensors(forms, seed + 10 * i) for i in range(n)]
     averages = [torch.full_like(weight, POISON) for weight in networks[0]]
     expected = copies(averages)
     mean(averages, networks)
@@ -226,46 +223,52 @@ def test_mean_equals_its_reference(forms, n, seed):
         assert (error <= torch.finfo(average.dtype).eps * stack.abs().amax(0)).all()
 
 
-@few
-@given(forms=some_forms, n=st.integers(0, 9), seed=st.integers(0, 999))
-def test_running_mean_equals_its_reference(forms, n, seed):
-    averages = made_up(forms, seed)
-    weights = made_up(forms, seed + 500)
-    old_averages = copies(averages)
-    old_weights = copies(weights)
-    expected = copies(averages)
-    running_mean(averages, weights, n)
-    running_mean_ref(expected, old_weights, n)
-    for i in range(len(forms)):
-        assert_within_a_unit(averages[i], expected[i], old_averages[i], weights[i])
-        assert torch.equal(weights[i], old_weights[i])
+def test_torch_never_copies_lists_of_mixed_dtypes(monkeypatch):
+    """torch 2.9 and 2.10 copy them wrongly."""
+    calls = []
+    copy_lists = torch._foreach_copy_
+
+    def checked_copy(targets, sources):
+        calls.append(([tensor.dtype for tensor in targets], [tensor.dtype for tensor in sources]))
+        copy_lists(targets, sources)
+
+    monkeypatch.setattr(torch, '_foreach_copy_', checked_copy)
+    forms = [((3,), dtype) for dtype in (torch.float16, torch.float32, torch.float16)]
+    networks = [random_tensors(forms, seed) for seed in (0, 10)]
+    averages = [torch.zeros_like(weight) for weight in networks[0]]
+    mean_ref(averages, networks)
+    for average, *weights in zip(averages, *networks):
+        torch.testing.assert_close(average, torch.stack(weights).mean(0))
+    lookahead_ref(averages, networks[0], 0.5)
+    assert len(calls) == 4
+    for targets, sources in calls:
+        assert len(set(targets)) == len(set(sources)) == 1
 
 
 @few
 @given(forms=some_forms, n=st.integers(1, 9))
 def test_the_mean_of_equal_networks_is_that_network(forms, n):
-    network = made_up(forms, seed=n)
+    network = random_tensors(forms, seed=n)
     averages = [torch.full_like(weight, POISON) for weight in network]
-    mean(averages, (iter(network) for _ in range(n)))  # what can be read once is enough
+    mean(averages, (iter(network) for _ in range(n)))  # they need to be readable only once
     for average, weight in zip(averages, network):
         assert torch.equal(average, weight)
 
 
-# Also where a tensor does not begin at a multiple of 16 bytes, or ends inside one.
+# Also tensors that do not start, or do not end, at a multiple of 16 bytes.
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize(
     ('first', 'n'), [(16, 8), (16, 11), (3, 8), (16, BLOCK), (16, BLOCK + 3), (1, BLOCK + 8)]
 )
-def test_averaging_writes_its_tensors_alone(first, n, dtype):
+def test_averaging_writes_only_its_tensors(first, n, dtype):
     size = first + n + 100
-    poisons = (-77, -99)  # not one: the average of equal numbers would be that number again
+    poisons = (-77, -99)  # two, since the average of equal numbers is the same number
     memories = [torch.full((size,), poison, dtype=dtype, device=DEVICE) for poison in poisons]
     average, weight = (memory[first : first + n] for memory in memories)
     average.fill_(1.0)
     weight.fill_(3.0)
     lookahead([average], [weight], 0.5)
     mean([average], [[average], [weight]])
-    running_mean([average], [weight], 1)
     for memory, poison in zip(memories, poisons):
         assert (memory[:first] == poison).all()
         assert (memory[first : first + n] == 2).all()
@@ -273,7 +276,7 @@ def test_averaging_writes_its_tensors_alone(first, n, dtype):
 
 
 class FakeKernel:
-    """Takes a launch as a kernel does, and keeps its options."""
+    """Launched like a kernel, it only keeps its options."""
 
     def __getitem__(self, grid):
         return self.run
@@ -285,8 +288,8 @@ class FakeKernel:
 @pytest.mark.parametrize(
     ('first', 'n', 'is_aligned'), [(16, 8, True), (16, 11, False), (3, 8, False)]
 )
-def test_kernels_are_told_that_memory_is_aligned_only_where_it_is(first, n, is_aligned):
-    """The interpreter would not notice, and a GPU would fail or read another place."""
+def test_kernels_take_memory_for_aligned_only_if_it_is(first, n, is_aligned):
+    """The interpreter would not notice otherwise, but a GPU would fail or read other memory."""
     kernel = FakeKernel()
     aligned = torch.zeros(8, device=DEVICE)
     tensor = torch.zeros(first + n, device=DEVICE)[first:]
@@ -302,13 +305,7 @@ def mean_of_two(averages, weights):
     mean(averages, [averages, weights])
 
 
-def running_mean_of_two(averages, weights):
-    running_mean(averages, weights, 1)
-
-
-each_average = pytest.mark.parametrize(
-    'average', [lookahead_half, mean_of_two, running_mean_of_two]
-)
+each_average = pytest.mark.parametrize('average', [lookahead_half, mean_of_two])
 
 
 FILTERS = torch.zeros(2, 3, 4, 4, device=DEVICE)
@@ -345,34 +342,33 @@ def test_the_mean_of_no_network_is_refused():
 
 def test_a_table_is_made_once_for_the_same_tensors_and_anew_for_others():
     make_table.cache_clear()
-    averages = made_up([((8,), torch.float32)], seed=0)
-    weights = made_up([((8,), torch.float32)], seed=1)
+    averages = random_tensors([((8,), torch.float32)], seed=0)
+    weights = random_tensors([((8,), torch.float32)], seed=1)
     for _ in range(3):
         lookahead(averages, weights, 0.5)
     assert make_table.cache_info().misses == 1
-    others = made_up([((8,), torch.float32)], seed=2)
+    others = random_tensors([((8,), torch.float32)], seed=2)
     expected = copies(others)
     lookahead(averages, others, 0.0)
     assert make_table.cache_info().misses == 2
     assert torch.equal(averages[0], expected[0])
 
 
-def average_thrice(averages, weights, networks):
+def average_twice(averages, weights, networks):
     lookahead(averages, weights, 0.25)
-    running_mean(averages, weights, 2)
     mean(weights, networks)
 
 
 def test_dynamo_traces_the_averages_whole():
     forms = [((8,), torch.float32), ((3, 5), torch.float16)]
-    averages = made_up(forms, seed=0)
-    weights = made_up(forms, seed=1)
-    networks = [made_up(forms, seed=2), made_up(forms, seed=3)]
+    averages = random_tensors(forms, seed=0)
+    weights = random_tensors(forms, seed=1)
+    networks = [random_tensors(forms, seed=2), random_tensors(forms, seed=3)]
     expected_averages = copies(averages)
     expected_weights = copies(weights)
-    traced = torch.compile(average_thrice, backend='aot_eager', fullgraph=True)
+    traced = torch.compile(average_twice, backend='aot_eager', fullgraph=True)
     traced(averages, weights, networks)
-    average_thrice(expected_averages, expected_weights, networks)
+    average_twice(expected_averages, expected_weights, networks)
     for got, expected in zip(averages + weights, expected_averages + expected_weights):
         assert torch.equal(got, expected)
     torch._dynamo.reset()
@@ -380,10 +376,10 @@ def test_dynamo_traces_the_averages_whole():
 
 def test_the_operators_keep_what_they_promise_to_torch():
     forms = [((8,), torch.float32), ((3, 5), torch.float32)]
-    averages = made_up(forms, seed=0)
-    first = made_up(forms, seed=1)
-    second = made_up(forms, seed=2)
-    torch.library.opcheck(_lerp_lists, (averages, first, 0.5, True))
+    averages = random_tensors(forms, seed=0)
+    first = random_tensors(forms, seed=1)
+    second = random_tensors(forms, seed=2)
+    torch.library.opcheck(_lerp_lists, (averages, first, 0.5))
     torch.library.opcheck(_mean_lists, (averages, first + second))
 
 
@@ -396,7 +392,7 @@ def test_tensors_where_the_kernels_do_not_run_are_refused():
     with pytest.raises(RuntimeError, match='flip_crop needs Triton and a GPU'):
         flip_crop(*elsewhere, **NORMALIZE)
     weights = [torch.zeros(8, device='meta')]
-    for average in (lookahead_half, mean_of_two, running_mean_of_two):
+    for average in (lookahead_half, mean_of_two):
         with pytest.raises(RuntimeError, match='averaging needs Triton and a GPU'):
             average(weights, weights)
 
@@ -414,7 +410,7 @@ def report(function, *arguments, **options):
         print(error)
 
 zero = torch.zeros(1)
-report(kernels.require, torch.device('cpu'))
+print(kernels.fast_path.why_not_here(torch.device('cpu')))
 report(kernels.lookahead, [zero], [zero], 0.5)
 report(kernels.flip_crop, zero, zero, zero, zero, mean=zero, scale=zero, dtype=torch.float32)
 """
@@ -438,103 +434,80 @@ def test_kernels_can_be_imported_without_triton_and_without_a_gpu(absent, reason
     ], done.stderr
 
 
-def one_pixel_off(images, *arguments, **options):
-    batch = flip_crop(images, *arguments, **options)
-    batch[-1, -1, -1, -1] += 1
-    return batch
+#### With a recipe #################################################################################
 
 
-def wrong_in_fp16(averages, weights, decay):
-    lookahead(averages, weights, decay)
-    averages[0][-1] += 1
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32])
+def test_a_recipe_uses_flip_crop_if_it_gives_the_bits_of_augment(dtype, capsys):
+    loader, _ = make_loaders(DEVICE, dtype, aug={'flip': True, 'translate': 4, 'cutout': 12})
+    assert faster_augment(loader) is flip_crop
+    assert loader.epoch == 0 and capsys.readouterr().out == ''
 
 
-def changes_the_weights(averages, weights, n):
-    running_mean(averages, weights, n)
-    weights[1][0] += 1
+def edited_augment(images, *args, **options):
+    return airbench94.augment(255 - images, *args, **options)
+
+
+def test_a_recipe_keeps_an_augment_that_was_edited(capsys):
+    loader, _ = make_loaders(DEVICE)
+    loader.augment = edited_augment
+    assert faster_augment(loader) is edited_augment
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith('flip_crop, the Triton kernel, is not used: its batch differs')
+
+
+def refuse_to_compile(*args, **options):
+    raise RuntimeError('Failed to find a C compiler.\nPlease specify it')
+
+
+def too_old(device):
+    return 'this GPU is too old'
 
 
 @pytest.mark.parametrize(
-    ('name', 'wrong', 'complaint'),
+    ('name', 'value', 'reason'),
     [
-        ('flip_crop', one_pixel_off, 'flip_crop does not do .*: torch.float16, size=0'),
-        ('lookahead', wrong_in_fp16, 'lookahead does not do .*: torch.float16'),
-        ('running_mean', changes_the_weights, 'running_mean does not do .*: torch.float32'),
+        ('triton', None, 'Triton is not installed'),
+        ('why_not_here', too_old, 'this GPU is too old'),
+        ('flip_crop', refuse_to_compile, 'Failed to find a C compiler. Please specify it'),
     ],
 )
-def test_require_notices_a_wrong_kernel(name, wrong, complaint, monkeypatch):
-    require(DEVICE)  # finds nothing wrong
-    monkeypatch.setattr(kernels, name, wrong)
-    with pytest.raises(RuntimeError, match=complaint):
-        require(DEVICE)
+def test_a_recipe_keeps_its_augment_if_the_kernel_cannot_run(
+    name, value, reason, monkeypatch, capsys
+):
+    monkeypatch.setattr(fast_path, name, value)
+    loader, _ = make_loaders(DEVICE)
+    assert faster_augment(loader) is airbench94.augment
+    assert capsys.readouterr().out == f'flip_crop, the Triton kernel, is not used: {reason}\n'
 
 
-def edited_augment(images, *arguments, **options):
-    return airbench94.augment(255 - images, *arguments, **options)
+def test_a_dtype_that_the_kernel_does_not_have_is_named(capsys):
+    loader, _ = make_loaders(DEVICE, torch.float64)
+    assert faster_augment(loader) is airbench94.augment
+    assert 'dtype=torch.float64: must be' in capsys.readouterr().out
 
 
-def edited_lookahead(averages, weights, decay):
-    airbench94.lookahead(averages, weights, decay / 2)
-
-
-def test_require_notices_that_a_script_was_edited():
-    require(DEVICE, airbench94.augment, airbench94.lookahead)
-    with pytest.raises(RuntimeError, match='flip_crop does not do'):
-        require(DEVICE, edited_augment, airbench94.lookahead)
-    with pytest.raises(RuntimeError, match='lookahead does not do'):
-        require(DEVICE, airbench94.augment, edited_lookahead)
-
-
-#### With the scripts ##############################################################################
-
-TORCH = (airbench94.augment, {})
-TRITON = (flip_crop, {'lookahead': lookahead})
-
-
-def test_training_through_the_kernels_equals_training_through_torch(loaders, narrow):
+def test_training_with_the_kernels_equals_training_with_torch(narrow):
     narrow['opt'].update(train_epochs=1, batch_size=16)
     narrow['opt']['lookahead']['every'] = 2
     narrow['aug']['cutout'] = 8
-    options = {'batch_size': 16, 'aug': narrow['aug'], 'device': DEVICE}
-    plain, test = loaders(**options)
-    by_kernels, _ = loaders(**options, augment=flip_crop)
-    for loader in (plain, by_kernels):  # four steps are enough
+    options = {'device': DEVICE, 'batch_size': 16, 'aug': narrow['aug']}
+    plain, test = make_loaders(**options)
+    with_kernel, _ = make_loaders(**options)
+    with_kernel.augment = flip_crop
+    for loader in (plain, with_kernel):  # four steps are enough
         loader.images = loader.images[:64]
         loader.labels = loader.labels[:64]
-    for (inputs, _), (same_inputs, _) in zip(plain, by_kernels):
+    for (inputs, _), (same_inputs, _) in zip(plain, with_kernel):
         assert torch.equal(inputs, same_inputs)
     net, record = airbench94.train(plain, test, narrow, 0)
-    same_net, same_record = airbench94.train(by_kernels, test, narrow, 0, lookahead=lookahead)
+    same_net, same_record = airbench94.train(with_kernel, test, narrow, 0, lookahead=lookahead)
     loss = record['epochs'][0]['train_loss']
     assert same_record['epochs'][0]['train_loss'] == pytest.approx(loss, rel=1e-4)
     if DEVICE.type == 'cpu':  # a GPU's sums differ from call to call
         weights = net.state_dict()
         for name, weight in same_net.state_dict().items():
             torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize(('choice', 'device'), [('off', 'cuda'), ('auto', 'cpu'), ('auto', 'mps')])
-def test_the_scripts_use_torch_where_they_are_told_to_and_without_cuda(choice, device):
-    assert airbench94.load_kernels(choice, torch.device(device)) == TORCH
-
-
-def works_everywhere(device, augment, lookahead):
-    """Takes the place of require."""
-
-
-def test_the_scripts_use_the_kernels_where_they_work(monkeypatch):
-    assert airbench94.load_kernels('on', DEVICE) == TRITON
-    monkeypatch.setattr(kernels, 'require', works_everywhere)
-    assert airbench94.load_kernels('auto', torch.device('cuda')) == TRITON
-
-
-@pytest.mark.parametrize('package', [None, types.ModuleType('kernels')])
-def test_without_the_folder_the_scripts_use_torch(package, monkeypatch):
-    """It is not there, or another package of that name is installed."""
-    monkeypatch.setitem(sys.modules, 'kernels', package)
-    assert airbench94.load_kernels('auto', torch.device('cuda')) == TORCH
-    with pytest.raises(airbench94.UserError, match='--kernels on needs kernels/'):
-        airbench94.load_kernels('on', torch.device('cuda'))
 
 
 #### Benchmark #####################################################################################
@@ -556,7 +529,7 @@ def test_what_an_epoch_moves_is_counted():
     index = torch.arange(10, device=DEVICE)
     with bench.Traffic() as traffic:
         b = a + 1  # reads 200 bytes, writes 200
-        b.view(10, 10).mul_(2)  # the same; the view is no launch
+        b.view(10, 10).mul_(2)  # the same; a view is no launch
         torch.empty(1000)  # nothing
         b[index]  # reads 80 bytes of index and 20, writes 20
         b.index_select(0, index)  # the same
@@ -565,7 +538,7 @@ def test_what_an_epoch_moves_is_counted():
     assert traffic.bytes == 400 + 400 + 3 * 120
 
 
-def test_what_cuda_writes_of_two_indices_is_counted():
+def test_what_cuda_writes_for_two_indices_is_counted():
     a = torch.zeros(10, 10, dtype=torch.float16, device=DEVICE)
     index = torch.arange(10, device=DEVICE)
     with bench.Traffic() as traffic:

@@ -1,6 +1,6 @@
 """The kernels compile for A100, H100 and MI300 without spills and with wide stores.
 
-Two counterexamples prove that the check can fail.
+Two counterexamples show that the checks can fail.
 """
 
 import json
@@ -12,13 +12,13 @@ import pytest
 
 pytest.importorskip('triton', reason='needs Triton')
 
-# This process's kernels may be interpreted, so that another one compiles them.
+# Another process compiles the kernels, since Triton may interpret them in this one.
 PROGRAM = """
 import json
 import machine_code
 
 rows = list(machine_code.report())
-narrow = machine_code.lerp_source(copy_back=True, aligned=False)
+narrow = machine_code.lerp_source(aligned=False)
 rows.append(machine_code.report_row('narrow', narrow, 'sm_80'))
 *cramped, options = machine_code.sources()['flip_crop fp16']
 rows.append(machine_code.report_row('cramped', (*cramped, options | {'maxnreg': 24}), 'sm_80'))
@@ -37,7 +37,7 @@ def rows():
 
 
 def test_every_kernel_compiles_for_every_target(rows):
-    assert len(rows) == 9 * 3 + 2
+    assert len(rows) == 8 * 3 + 2
     assert {target for _, target in rows} == {'sm_80', 'sm_90', 'gfx942'}
 
 
@@ -51,7 +51,7 @@ def test_all_stores_are_16_bytes_wide(rows):
     assert narrow == [('narrow', 'sm_80')]
 
 
-def test_flip_crop_multiplies_and_subtracts_apart(rows):
-    """As torch does: fused, they would round otherwise than the scripts' augment."""
+def test_flip_crop_subtracts_and_multiplies_separately(rows):
+    """As torch does. A fused multiply-add would round otherwise than the recipes' augment."""
     fused = {kernel for (kernel, _), row in rows.items() if row['fused'] > 0}
-    assert fused == {'lookahead', 'running_mean', 'mean', 'narrow'}
+    assert fused == {'lookahead', 'mean', 'narrow'}
