@@ -230,7 +230,7 @@ def test_small_batches_are_the_record():
     """Before phase 3, which recomputes statistics. The record convolves in another way on a CPU."""
     shared = [*TINY_NET, 'aug.translate=3']
     hyp = override(record94.hyp, [*shared, 'opt.train_epochs=3.5', 'opt.batch_size=16'])
-    train_loader, test_loader = load(torch.float64)
+    train_loader, test_loader = load(torch.float64, hyp['aug'])
     loaders = record94.make_loaders(TRAIN_SET, TEST_SET, hyp, device='cpu', dtype=torch.float64)
     theirs, _ = record94.train(*loaders, hyp, seed=3)
     own = [*METHODS['small-batch'], 'phase1.train_epochs=3.5', 'phase1.batch_size=16']
