@@ -962,7 +962,7 @@ def fit(
     record = {'steps': 0, 'seconds': 0.0, 'epochs': []}
 
     for epoch, (served, steps) in enumerate(plan, 1):
-        start = clock(loader.device)
+        begin = clock(loader.device)
         net.train()
         draws = loader.next_draws()
         order = hardest(draws['order'], losses, served)[: steps * opt['batch_size']]
@@ -992,7 +992,7 @@ def fit(
         losses = losses.clone()
         losses[order] = of_epoch[2:][order]
         loss, accuracy = [total / len(order) for total in of_epoch[:2].tolist()]
-        record['seconds'] += clock(loader.device) - start
+        record['seconds'] += clock(loader.device) - begin
         if not math.isfinite(loss):
             record['failed'] = f'loss or weights are not finite after epoch {epoch} of {phase}'
             break
@@ -1003,8 +1003,8 @@ def fit(
         if opt['tau'] < 1 and accuracy >= opt['tau']:
             break
     if opt['average']['decay'] > 0:
-        for weight, average in zip(weights, averages):
-            weight.copy_(average)
+        for weight, result in zip(weights, averages):
+            weight.copy_(result)
     weights = {name: value.clone() for name, value in net.state_dict().items()}
     return {'weights': weights, 'losses': losses, 'record': record}
 

@@ -234,7 +234,8 @@ def test_small_batches_are_the_record():
     loaders = record94.make_loaders(TRAIN_SET, TEST_SET, hyp, device='cpu', dtype=torch.float64)
     theirs, _ = record94.train(*loaders, hyp, seed=3)
     own = [*METHODS['small-batch'], 'phase1.train_epochs=3.5', 'phase1.batch_size=16']
-    ours, record = swap94.train(train_loader, test_loader, hyp_of(*own, *shared), seed=3)
+    hyp = override(swap94.hyp, [*own, *shared])
+    ours, record = swap94.train(train_loader, test_loader, hyp, seed=3)
     assert_close(parameters(ours), parameters(theirs), rtol=1e-9, atol=1e-9)
     assert record['phase1']['steps'] == 17 and record['workers'] == []  # 6 + 6 + 3 + half of 3
 
