@@ -2,13 +2,14 @@
 
     python tests/compare_steps.py [airbench95.py]
 
-The script's network and batch size, fp32, on made-up images; the whitening bias trains, as in the
-first epochs. A B A B A B in this process: A is glibc's own way, with its thresholds as they are
-once they have adapted to large blocks; B is keep_freed_memory's. After each change a step is made
-that is not counted. logs/README.md has the figures.
+It takes the recipe's network and batch size, in fp32, on random images. The whitening bias trains,
+as in the first epochs. The two alternate in this process, A B A B A B: A is what glibc does by
+itself, with the thresholds that it reaches for large blocks, and B is keep_freed_memory. The first
+step after each change does not count. logs/README.md has the figures.
 """
 
 import ctypes
+import importlib
 import resource
 import statistics
 import sys
@@ -30,10 +31,12 @@ def return_freed_memory():
 
 
 def measured(step):
-    """(seconds, of them in the kernel and summed over threads, page faults) of one step."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    """(seconds, seconds in the kernel summed over threads, page faults) of one step."""
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    start = time.perf_counter()
     step()
-    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_SELF)
     return seconds, after.ru_stime - before.ru_stime, after.ru_minflt - before.ru_minflt
 
 
@@ -42,18 +45,18 @@ def describe(mode, seconds, kernel, faults):
 
 
 def main():
-    script = __import__(Path(*sys.argv[1:2] or ['airbench94.py']).stem)
-    net = script.make_net(device='cpu', dtype=torch.float32)
-    optimizer, _ = script.make_optimizer(net, script.hyp, total_steps=100)
-    batch = script.hyp['opt']['batch_size']
+    recipe = importlib.import_module(Path(*sys.argv[1:2] or ['airbench94.py']).stem)
+    net = recipe.make_net(device='cpu', dtype=torch.float32)
+    optimizer, _ = recipe.make_optimizer(net, recipe.hyp, total_steps=100)
+    batch = recipe.hyp['opt']['batch_size']
     inputs = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (batch,))
 
     def step():
-        script.train_step(net, optimizer, inputs, labels, script.hyp['opt']['label_smoothing'])
+        recipe.train_step(net, optimizer, inputs, labels, recipe.hyp['opt']['label_smoothing'])
 
     step()
-    figures = {return_freed_memory: [], script.keep_freed_memory: []}
+    figures = {return_freed_memory: [], recipe.keep_freed_memory: []}
     for _ in range(ROUNDS):
         for mode, seconds in figures.items():
             mode()
@@ -66,7 +69,7 @@ def main():
     }
     for mode, (seconds, kernel, faults) in medians.items():
         print('median,', describe(mode, seconds, kernel, faults))
-    print(f'ratio {medians[script.keep_freed_memory][0] / medians[return_freed_memory][0]:.3f}')
+    print(f'ratio {medians[recipe.keep_freed_memory][0] / medians[return_freed_memory][0]:.3f}')
 
 
 if __name__ == '__main__':
