@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kernels import compiled  # noqa: E402
+from kernels import compiled
 
 PAIRS = 15
 

@@ -21,8 +21,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import airbench94  # noqa: E402
-from records import record94  # noqa: E402
+import airbench94
+from records import record94
 
 ROUNDS = 7
 TESTS, UNCERTAIN = 10_000, 2_500  # images
