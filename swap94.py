@@ -1311,6 +1311,8 @@ def describe(device):
 
 def load_sets(data):
     """(name, hyp, mean and std, training set, test set). Raises OSError if there is no CIFAR-10."""
+    if data not in (None, 'digits') and not Path(data).is_dir():
+        raise OSError(f'--data {data}: there is no such folder')
     if data != 'digits':
         folder = data or 'cifar10'
         statistics = {'mean': CIFAR_MEAN, 'std': CIFAR_STD}
