@@ -1,4 +1,6 @@
-"""SWAP's studies: planes, networks and averages against what is known or made by hand."""
+"""SWAP's studies: their settings, ResNet-9, averages, planes and cosines."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,18 +10,35 @@ from torch import nn
 
 import airbench94
 import swap94
+from lab.data import load_set
+from lab.errors import UserError
+from lab.networks import save_network
+from lab.options import override
 from studies import common, cosine, landscape, networks, plane, swa, swap, swap_tables
 
 CPU = {'device': 'cpu', 'dtype': torch.float32}
 
 
-def make_place(folder, net='airbench', **settings):
-    loaders = [airbench94.CifarLoader('digits', train, 100, **CPU) for train in (True, False)]
-    smoke = swap.SETTINGS[net]['smoke'] | {'net': net, 'files': []} | settings
-    return common.Place(smoke, folder, *loaders)
+@pytest.fixture(scope='session')
+def digits():
+    return load_set('digits', airbench94)
 
 
-#### Settings and the network ####
+@pytest.fixture
+def place(digits, tmp_path):
+    """A place for swap94's own network, at smoke scale."""
+    settings = swap.SETTINGS['airbench']['smoke'] | {'net': 'airbench', 'files': []}
+    return common.Place(settings, tmp_path, digits, **CPU)
+
+
+@pytest.fixture
+def resnet9(place):
+    """The same for ResNet-9."""
+    settings = swap.SETTINGS['resnet9']['smoke'] | {'net': 'resnet9'}
+    return dataclasses.replace(place, settings=settings)
+
+
+#### Settings and ResNet-9 ####
 
 
 @pytest.mark.parametrize(
@@ -36,7 +55,8 @@ def make_place(folder, net='airbench', **settings):
     ],
 )
 def test_the_papers_settings(classes, method, phase, batch_size, lr, epochs, warm_up, tau):
-    hyp = swap.hyp_of(swap.SETTINGS['resnet9']['paper'], method, classes)
+    settings = swap.SETTINGS['resnet9']['paper']
+    hyp = override(swap94.hyp, swap.assignments_of(settings, method, classes))
     own = hyp[phase]
     assert (own['batch_size'], own['lr'], own['train_epochs'], own['tau']) == (
         batch_size, lr, epochs, tau,
@@ -46,11 +66,13 @@ def test_the_papers_settings(classes, method, phase, batch_size, lr, epochs, war
     assert hyp['opt']['momentum'] == 0.9 and hyp['opt']['weight_decay'] == 5e-4
 
 
-def test_the_recipes_of_swap94_are_the_paper_scale_of_its_network():
-    settings = swap.SETTINGS['airbench']['paper']
-    assert swap.hyp_of(settings, 'swap', 10) == swap94.hyp
-    large = swap94.override(swap94.hyp, swap94.METHODS['large-batch'])
-    assert swap.hyp_of(settings, 'large-batch', 100) == large
+def test_only_swap_has_workers():
+    for of_net in swap.SETTINGS.values():
+        for scale, settings in of_net.items():
+            for method in swap.METHODS:
+                hyp = override(swap94.hyp, swap.assignments_of(settings, method, 100))
+                workers = 3 if scale == 'smoke' else 8
+                assert hyp['phase2']['workers'] == (workers if method == 'swap' else 0)
 
 
 def test_resnet9_is_dawnbenchs():
@@ -66,8 +88,7 @@ def test_resnet9_is_dawnbenchs():
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_resnet9_trains_in_half_precision_on_its_device(dtype):
-    hyp = swap.hyp_of(swap.SETTINGS['resnet9']['smoke'], 'large-batch', 10)
-    hyp = swap94.phase_settings(hyp, 'phase1')
+    hyp = swap94.phase_settings(override(swap94.hyp, swap.RESNET9_SMOKE['large-batch']), 'phase1')
     net = networks.make_resnet9(8, device='meta', dtype=dtype)
     optimizer, _ = swap.make_sgd(net, hyp, total_steps=2)
     inputs = torch.empty(8, 3, 32, 32, device='meta', dtype=dtype)
@@ -76,13 +97,12 @@ def test_resnet9_trains_in_half_precision_on_its_device(dtype):
     if dtype == torch.bfloat16:
         net.autocast = False  # torch.autocast has no meta device
         shards = [(x.float(), y) for x, y in shards]
-    totals, losses = swap94.train_step(net, optimizer, shards, 0.0, swap94.Team())
+    totals, losses = swap94.train_step(net, optimizer, shards, 0.0, swap94.Ranks())
     assert totals.device.type == losses.device.type == 'meta'
 
 
 def test_a_step_of_resnet9_is_sgds_on_the_mean_loss():
-    settings = swap.hyp_of(swap.SETTINGS['resnet9']['smoke'], 'small-batch', 10)
-    hyp = swap94.phase_settings(settings, 'phase1')
+    hyp = swap94.phase_settings(override(swap94.hyp, swap.RESNET9_SMOKE['small-batch']), 'phase1')
     options = {'device': 'cpu', 'dtype': torch.float64}
     torch.manual_seed(0)
     inputs, labels = torch.randn(40, 3, 32, 32, dtype=torch.float64), torch.arange(40) % 10
@@ -91,7 +111,7 @@ def test_a_step_of_resnet9_is_sgds_on_the_mean_loss():
     lr, decay = hyp['opt']['lr'], 5e-4
     sgd = torch.optim.SGD(theirs.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=decay)
     for step in range(2):
-        swap94.train_step(ours, optimizer, [(inputs, labels)], 0.0, swap94.Team())
+        swap94.train_step(ours, optimizer, [(inputs, labels)], 0.0, swap94.Ranks())
         scheduler.step()
         for group in sgd.param_groups:
             group['lr'] = lr * (1 - step / 10)
@@ -102,14 +122,20 @@ def test_a_step_of_resnet9_is_sgds_on_the_mean_loss():
         assert torch.allclose(p, q, rtol=1e-9, atol=1e-9)
 
 
-def test_resnet9_is_trained_by_every_method_and_swap94_is_as_before(tmp_path):
-    place = make_place(tmp_path, 'resnet9')
-    before = swap94.make_net, swap94.make_optimizer, swap94.init_whitening_conv
-    for method in swap_tables.METHODS:
-        record = swap_tables.train({'method': method}, 0, place)
+def test_a_study_trains_resnet9(resnet9):
+    for method in ('small-batch', 'swap'):
+        record = swap_tables.train({'method': method}, 0, resnet9)
         assert 0 < record['val_acc'] < 1 and record['pflop'] > 0
         assert len(record['workers']) == (3 if method == 'swap' else 0)
-    assert (swap94.make_net, swap94.make_optimizer, swap94.init_whitening_conv) == before
+    net, _ = swap.train_phase1(resnet9, swap.hyp_of(resnet9, 'small-batch'), 0)
+    assert net.state_dict().keys() == networks.make_resnet9(8, **CPU).state_dict().keys()
+
+
+@pytest.mark.parametrize('phase', ['phase1', 'phase2'])
+def test_a_network_that_diverges_ends_the_study(phase, resnet9):
+    own = [*swap.RESNET9_SMOKE['swap'], f'{phase}.lr=1e9', 'phase2.workers=1']
+    with pytest.raises(UserError, match=f'seed 7 diverges: .* of {phase}'):
+        swap.train_swap(resnet9, override(swap94.hyp, own), 7)
 
 
 #### Tables ####
@@ -134,18 +160,41 @@ def test_the_table_tells_before_and_after_averaging(capsys):
 #### SWA ####
 
 
-def test_every_way_averages_as_many_networks(tmp_path):
-    place = make_place(tmp_path)
-    counts = {}
-    for name in swa.WAYS:
-        record = swa.train({'way': name}, 0, place)
-        counts[name] = len(record['networks'])
-    assert counts.pop('swap-longer') == 6
-    assert set(counts.values()) == {3}
+SEQUENCE = {0: 'phase1', 1: 0, 2: 1}
 
 
-def test_swa_of_one_cycle_each_is_swap(tmp_path):
-    place = make_place(tmp_path)
+@pytest.mark.parametrize(
+    'way, starts, seconds',
+    [
+        ('large-batch-swa', SEQUENCE, 13),
+        ('large-then-small-swa', SEQUENCE, 13),
+        ('small-batch-swa', SEQUENCE, 13),
+        ('swap', dict.fromkeys(range(3), 'phase1'), 11),
+        ('swap-longer', {0: 'phase1', 1: 0, 2: 'phase1', 3: 2, 4: 'phase1', 5: 4}, 12),
+    ],
+)
+def test_each_cycle_starts_where_it_should(way, starts, seconds, place, monkeypatch):
+    found = {}
+
+    def train_phase1(*args):
+        record = {'seconds': 10, 'steps': 4}
+        return nn.Linear(2, 2), {'name': 'phase1', 'losses': None, 'record': record}
+
+    def train_worker(place, hyp, seed, worker, net, before):
+        found[worker] = before['name']
+        return {'name': worker, 'losses': None, 'record': {'seconds': 1}}
+
+    def measure(*args):
+        return 0.5
+
+    for function in (train_phase1, train_worker, measure):
+        monkeypatch.setattr(swa, function.__name__, function)
+    record = swa.train({'way': way}, 0, place)
+    assert found == starts and len(record['networks']) == len(starts)
+    assert record['training_seconds'] == seconds
+
+
+def test_swa_of_one_cycle_each_is_swap(place):
     record = swa.train({'way': 'swap'}, 0, place)
     theirs = swap_tables.train({'method': 'swap'}, 0, place)
     assert record['networks'] == theirs['workers']
@@ -153,10 +202,11 @@ def test_swa_of_one_cycle_each_is_swap(tmp_path):
 
 
 def test_large_batch_swa_keeps_to_large_batches():
-    settings = swap.SETTINGS['airbench']['small']
-    hyp = swa.hyp_of_way(settings, swa.WAYS['large-batch-swa'], 10)
+    hyps = {name: override(swap94.hyp, own) for name, own in swap.AIRBENCH_SMALL.items()}
+    hyp = swa.with_cycles(hyps, swa.WAYS['large-batch-swa'])
     assert hyp['phase2']['batch_size'] == hyp['phase1']['batch_size'] == 1000
-    hyp = swa.hyp_of_way(settings, swa.WAYS['swap-longer'], 10)
+    assert hyp['phase2']['workers'] == 8
+    hyp = swa.with_cycles(hyps, swa.WAYS['swap-longer'])
     assert hyp['phase2']['batch_size'] == 125 and hyp['phase2']['train_epochs'] == 6
     epochs, rates = swa.rates(hyp, cycles=2)
     assert epochs[-1] == 8 + 6 + 6 and rates[101] == rates[202] == 0.06
@@ -187,9 +237,9 @@ def test_the_planes_basis_is_orthonormal():
 
 @pytest.mark.parametrize('third', [[3.0, 3.0], [2.0, 2.0], [1.0, 1.0]])
 def test_networks_on_a_line_span_no_plane(third):
-    with pytest.raises(common.UserError, match='lie on a line'):
+    with pytest.raises(UserError, match='on a line'):
         plane.Plane(vectors([1.0, 1.0], [2.0, 2.0], third))
-    with pytest.raises(common.UserError, match='lie on a line'):
+    with pytest.raises(UserError, match='on a line'):
         plane.Plane(vectors([1.0, 1.0], [1.0, 1.0], third))
 
 
@@ -198,9 +248,8 @@ def test_a_barrier_is_above_both_ends():
     assert landscape.barrier([5.0, 6.0, 7.0]) == 0
 
 
-def test_a_point_has_its_own_statistics(tmp_path):
-    place = make_place(tmp_path)
-    found = landscape.Networks(0, place)
+def test_a_point_has_its_own_statistics(place):
+    found = landscape.Networks(place, 0)
     middle = torch.lerp(found.vectors['SGD1'], found.vectors['OTHER'], 0.5)
     found.measure(middle)
     ours = {name: value.clone() for name, value in found.net.named_buffers()}
@@ -212,35 +261,36 @@ def test_a_point_has_its_own_statistics(tmp_path):
         assert torch.allclose(ours[name].float(), value.float(), atol=1e-5), name
 
 
-def save(path, seed):
-    hyp = swap94.override(swap94.hyp, swap.NARROW)
-    loader = airbench94.CifarLoader('digits', True, 100, **CPU)
-    loader.set_statistics(3 * [0.25], 3 * [0.5])
-    net = swap94.make_net(hyp, 10, seed=seed, **CPU)
-    swap94.save_network(path, net, hyp, loader)
-    return str(path)
+@pytest.fixture
+def saved(digits, tmp_path):
+    """Networks that --save wrote, with an unusual mean of the pixels. The last one is wider."""
+    image_set = dataclasses.replace(digits, mean=(0.25, 0.25, 0.25))
+    files = [tmp_path / f'{seed}.pt' for seed in range(4)]
+    for seed, file in enumerate(files):
+        hyp = override(swap94.hyp, [*swap.NARROW, f'net.widths.block1={8 + seed // 3}'])
+        save_network(file, swap94.make_net(hyp, 10, seed=seed, **CPU), swap94, hyp, image_set)
+    return [str(file) for file in files]
 
 
-def test_three_saved_networks_have_a_plane(tmp_path, monkeypatch):
-    files = [save(tmp_path / f'{seed}.pt', seed) for seed in range(3)]
+def test_three_saved_networks_have_a_plane(saved, tmp_path, monkeypatch):
     seen = []
 
     def measure(self, vector):
-        seen.extend(loader.mean for loader in self.loaders)
+        seen.extend(loader.mean.tolist() for loader in self.loaders)
         return {'train_acc': 0.5, 'val_acc': 0.05 * len(seen) % 1}
 
     monkeypatch.setattr(landscape.Networks, 'measure', measure)
-    call = [*files, '--scale', 'smoke', '--data', 'digits', '--out', str(tmp_path / 'out')]
+    call = [*saved[:3], '--scale', 'smoke', '--data', 'digits', '--out', str(tmp_path / 'out')]
     assert common.run_study(landscape.STUDY, [*call, '--device', 'cpu']) == 0
     assert (tmp_path / 'out' / 'plane-given.png').stat().st_size > 10_000
     records = common.read_cells(tmp_path / 'out')
     marks = common.in_cell(records, part='networks')[0]['networks']
     assert marks['A']['given'] == [0, 0] and marks['B']['given'][1] == pytest.approx(0, abs=1e-6)
     assert len(common.in_cell(records, part='given')) == 4
-    assert all(mean == [0.25, 0.25, 0.25] for mean in seen)  # the images are normalized as saved
+    assert all(mean == 3 * [255 / 4] for mean in seen)  # normalized as when they were trained
 
 
-def test_mistakes_with_networks_are_told_in_one_line(tmp_path, capsys):
+def test_a_mistake_with_networks_is_one_line(saved, tmp_path, capsys):
     def says(*files):
         call = [*files, '--scale', 'smoke', '--data', 'digits', '--device', 'cpu']
         out = tmp_path / f'out{len(list(tmp_path.iterdir()))}'
@@ -249,18 +299,18 @@ def test_mistakes_with_networks_are_told_in_one_line(tmp_path, capsys):
         assert error.startswith('studies.landscape: ')
         return error
 
-    first, second = [save(tmp_path / f'{seed}.pt', seed) for seed in range(2)]
+    first, second, _, wider = saved
     assert 'give all of A, B, C' in says(first, second)
-    assert 'lie on a line' in says(first, second, first)
-    assert 'no such file' in says(first, second, str(tmp_path / 'missing.pt'))
+    assert 'on a line' in says(first, second, first)
+    assert 'are of different kinds' in says(first, second, wider)
+    assert 'there is no such file' in says(first, second, str(tmp_path / 'missing.pt'))
 
 
 #### Cosine ####
 
 
 def test_the_cosine_of_a_way_down_the_gradient_is_one():
-    hyp = swap94.override(swap94.hyp, swap.NARROW)
-    net = swap94.make_net(hyp, 10, seed=0, **CPU)
+    net = swap94.make_net(override(swap94.hyp, swap.NARROW), 10, seed=0, **CPU)
     inputs, labels = torch.randn(20, 3, 32, 32), torch.arange(20) % 10
     loss, _ = swap94.compute_loss(net, inputs, labels, 0.0)
     named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
@@ -273,9 +323,9 @@ def test_the_cosine_of_a_way_down_the_gradient_is_one():
     assert cosines == pytest.approx([1, -1], abs=1e-4)
 
 
-def test_the_workers_are_watched_on_the_way_that_they_went(tmp_path):
-    record = cosine.train({'method': 'swap'}, 0, make_place(tmp_path))
-    theirs = swap_tables.train({'method': 'swap'}, 0, make_place(tmp_path))
+def test_the_workers_are_watched_on_the_way_that_they_went(place):
+    record = cosine.train({'method': 'swap'}, 0, place)
+    theirs = swap_tables.train({'method': 'swap'}, 0, place)
     assert record['workers'] == theirs['workers'] and record['val_acc'] == theirs['val_acc']
     assert np.array(record['cosines']).shape == (3, 4)
     assert np.isfinite(record['cosines']).all()
