@@ -505,13 +505,6 @@ def test_other_mistakes_get_one_line():
     assert refuse('data', 'pictures').startswith('DEST must name a folder; see ')
 
 
-def test_from_the_shell_a_mistake_gets_one_line_and_exit_code_2(desk):
-    done = run_command('-m', 'lab', 'run', RECIPE, '--lr', 3, cwd=desk)
-    assert (done.returncode, done.stdout) == (2, '')
-    assert done.stderr.startswith('lab: --lr: no such option; ')
-    assert done.stderr.count('\n') == 1
-
-
 def test_processes_without_a_common_folder_are_refused(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     line = refuse(*RUN, *DIGITS)

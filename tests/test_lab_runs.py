@@ -1,0 +1,525 @@
+"""Runs that processes share through one folder, and what is left after an end of any kind."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ONE_THREAD, ROOT, TINY, call, figures, load_log, random_set, refuse, save_set
+
+import airbench94
+from lab import runs
+from lab.errors import UserError, report_errors
+
+RECIPE = ROOT / 'airbench94.py'
+RUN = ['run', RECIPE]
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+WANTED = 10
+
+
+@contextlib.contextmanager
+def running(*args, cwd, launcher=(), **options):
+    """`python -m lab run` in a process of its own, which ends with the context if not before."""
+    command = [sys.executable, *launcher, '-m', 'lab', 'run', *map(str, args)]
+    options = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True} | options
+    env = ONE_THREAD | {'PYTHONPATH': str(ROOT)}
+    with subprocess.Popen(command, cwd=cwd, env=env, **options) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def records(folder):
+    return {path.name: path.read_text() for path in folder.glob('runs/*.json')}
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 120
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
+
+
+def wait_for_records(folder, n):
+    def are_there():
+        return len(records(folder)) >= n
+
+    wait_for(are_there)
+
+
+def finished(out):
+    """The numbers of the runs whose results were printed."""
+    rows = [line.split() for line in out.splitlines() if line.startswith('|')]
+    return [int(row[1]) for row in rows if row[3] == 'eval']
+
+
+def kill_rank(rank, torchrun):
+    """Kill the process that torchrun started for a rank."""
+    children = Path(f'/proc/{torchrun.pid}/task/{torchrun.pid}/children').read_text().split()
+    for pid in children:
+        if f'RANK={rank}' in Path(f'/proc/{pid}/environ').read_text().split('\0'):
+            os.kill(int(pid), signal.SIGKILL)
+            return
+    raise AssertionError(f'there is no rank {rank}')
+
+
+class Shared:
+    """The log of runs that two ranks shared, of which one was killed, and what they printed."""
+
+    def __init__(self, path, data):
+        self.folder = path / 'new' / 'log'
+        self.args = [RECIPE, '--data', data, '--seed', 5, '--out', self.folder, *TINY]
+        launcher = [*TORCHRUN, '--max-restarts=1']
+        with running('--runs', WANTED, *self.args, cwd=path, launcher=launcher) as process:
+            wait_for_records(self.folder, 2)
+            kill_rank(0, process)
+            self.out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+
+    def copy(self, folder):
+        """(a copy of the log, the arguments that go on with it)."""
+        shutil.copytree(self.folder, folder)
+        args = [folder if arg == self.folder else arg for arg in self.args]
+        return folder, args
+
+
+@pytest.fixture(scope='module')
+def shared(tmp_path_factory, folder):
+    return Shared(tmp_path_factory.mktemp('shared'), folder)
+
+
+def train_quickly(trained, errors=None):
+    """A `train` that takes no time and appends its seed to `trained`. errors: {seed: exception}."""
+
+    def train(train_loader, test_loader, hyp, seed, on_epoch, **faster):
+        if errors and seed in errors:
+            raise errors[seed]
+        trained.append(seed)
+        on_epoch({'epoch': 1, 'val_acc': 0.9})
+        record = {'seed': seed, 'val_acc': 0.9, 'tta_val_acc': 0.9 + 0.001 * seed}
+        return torch.nn.Linear(2, 2), record | {'seconds': 1.0, 'epochs': []}
+
+    return train
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Trainings that take no time: a list of their seeds."""
+    trained = []
+    monkeypatch.setattr(airbench94, 'train', train_quickly(trained))
+    return trained
+
+
+#### Two processes #################################################################################
+
+
+def test_torchrun_shares_runs_and_restarts_what_it_lost(shared):
+    printed = finished(shared.out)
+    # Those that were killed may not have printed the run that they wrote last.
+    assert len(printed) == len(set(printed)) >= WANTED - 2
+    assert load_log(shared.folder)['summary']['n'] == len(records(shared.folder)) == WANTED
+    assert f'runs finished: {WANTED}, failed: 0' in shared.out
+    assert shared.out.count(f' of {WANTED} runs to make') == 2  # once in each start
+    rows = [line for line in shared.out.splitlines() if line.startswith('|')]
+    assert len({len(row) for row in rows}) == 1  # whole lines
+
+
+def test_one_process_makes_the_same_runs_as_two(shared, tmp_path, folder):
+    alone = ['--data', folder, '--seed', 5, '--runs', WANTED, '--out', tmp_path / 'log', *TINY]
+    assert call(*RUN, *alone) == 0
+    by_one, by_two = load_log(tmp_path / 'log'), load_log(shared.folder)
+    assert list(map(figures, by_one['runs'])) == list(map(figures, by_two['runs']))
+    assert [run['seed'] for run in by_two['runs']] == list(range(5, 5 + WANTED))
+    assert by_one['summary'] == by_two['summary']
+
+
+def test_the_last_runs_may_be_those_of_another_process(tmp_path, folder, quick, capsys):
+    """The other process is this one, and holds the lock of run 1."""
+    args = [*RUN, '--data', folder, '--out', tmp_path / 'log', *TINY]
+    assert call(*args) == 0
+    with runs.FileLock(tmp_path / 'log' / 'locks' / '00001.lock'):
+        assert call(*args, '--runs', 3) == 0
+    assert 'other processes are making the last runs; ' in capsys.readouterr().out
+    assert quick == [0, 2]
+    assert call(*args, '--runs', 3) == 0
+    assert quick == [0, 2, 1] and load_log(tmp_path / 'log')['summary']['n'] == 3
+
+
+def in_threads(n, function):
+    """Call function() in n threads at the same moment; returns what they raised."""
+    errors = []
+    barrier = threading.Barrier(n)
+
+    def run():
+        barrier.wait()
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_a_folder_can_be_opened_at_the_same_moment(tmp_path):
+    config = {'hyp': {'opt': {'lr': 1.0}}, 'seed': 0}
+    for attempt in range(20):
+        folder = tmp_path / str(attempt) / 'log'
+
+        def open_log(folder=folder):
+            runs.open_log(folder, config)
+
+        assert in_threads(4, open_log) == []
+        assert json.loads((folder / 'config.json').read_text()) == config
+
+
+def test_damaged_records_can_be_found_at_the_same_moment(tmp_path):
+    (tmp_path / 'runs').mkdir()
+
+    def read_records():
+        assert runs.read_records(tmp_path, seed=0) == {}
+
+    for _ in range(10):
+        for run in range(20):
+            runs.run_file(tmp_path, run).write_text('{')
+        assert in_threads(4, read_records) == []
+        assert records(tmp_path) == {}
+
+
+def test_no_run_is_made_twice_at_the_same_moment(tmp_path):
+    made = []
+
+    def make_run(run):
+        made.append(run)
+        runs.write_json(runs.run_file(tmp_path, run), {})
+
+    def make_runs():
+        runs.make_runs(tmp_path, 100, make_run)
+
+    runs.open_log(tmp_path, {})
+    assert in_threads(4, make_runs) == []
+    assert sorted(made) == list(range(100))
+    assert in_threads(4, make_runs) == []
+    assert len(made) == 100
+
+
+#### Going on ######################################################################################
+
+
+def test_finished_runs_stay_and_more_can_be_added(shared, tmp_path, quick, capsys):
+    log, args = shared.copy(tmp_path / 'log')
+    before = records(log)
+    assert call('run', '--runs', WANTED, *args) == 0
+    out = capsys.readouterr().out
+    assert f'0 of {WANTED} runs to make' in out and '|' not in out
+    assert f'runs finished: {WANTED}, failed: 0' in out
+    assert quick == [] and records(log) == before
+    assert call('run', '--runs', WANTED + 2, *args) == 0
+    assert f'2 of {WANTED + 2} runs to make' in capsys.readouterr().out
+    assert quick == [5 + WANTED, 6 + WANTED] and before.items() <= records(log).items()
+    assert load_log(log)['summary']['n'] == WANTED + 2
+
+
+def test_a_killed_process_loses_only_its_current_run(tmp_path, folder, capsys):
+    args = [RECIPE, '--data', folder, '--out', tmp_path / 'log', *TINY]
+    with running('--runs', 100000, *args, cwd=tmp_path) as process:
+        wait_for_records(tmp_path / 'log', 2)
+        process.kill()
+        out = process.communicate()[0]
+    before = records(tmp_path / 'log')
+    assert '|' in out and not (tmp_path / 'log' / 'log.json').exists()
+    wanted = len(before) + 2
+    assert call('run', '--runs', wanted, *args) == 0
+    out = capsys.readouterr().out
+    assert f'2 of {wanted} runs to make' in out
+    assert finished(out) == [wanted - 2, wanted - 1]
+    assert before.items() <= records(tmp_path / 'log').items()
+    assert load_log(tmp_path / 'log')['summary']['n'] == wanted
+    assert [run['seed'] for run in load_log(tmp_path / 'log')['runs']] == list(range(wanted))
+
+
+def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path, folder, monkeypatch, capsys):
+    monkeypatch.setattr(airbench94, 'train', train_quickly([], {2: KeyboardInterrupt}))
+    args = ['--data', folder, '--runs', 10**9, '--out', tmp_path / 'log', *TINY]  # starts at once
+    assert report_errors('lab', call, *RUN, *args) == 130
+    out, err = capsys.readouterr()
+    assert err == 'lab: interrupted\n'
+    assert '1000000000 of 1000000000 runs to make' in out
+    assert f'to go on, run the same command with --out {tmp_path / "log"}\n' in out
+    assert 'runs finished: 2, failed: 0' in out
+    assert load_log(tmp_path / 'log')['summary']['n'] == len(records(tmp_path / 'log')) == 2
+
+
+#### What cannot be printed, read or written #######################################################
+
+
+def test_a_closed_pipe_loses_no_run(tmp_path, folder):
+    """The reader goes after the last epoch's row, like `head`. There is no stderr either."""
+    args = [RECIPE, '--data', folder, '--runs', 3, '--save', '--out', 'log', *TINY]
+    command = ' '.join(f"'{arg}'" for arg in [sys.executable, '-m', 'lab', 'run', *args])
+    line = f'set -o pipefail; {command} 2>&- | head -n 4'
+    env = ONE_THREAD | {'PYTHONPATH': str(ROOT)}
+    options = {'cwd': tmp_path, 'env': env, 'capture_output': True, 'text': True}
+    done = subprocess.run(['bash', '-c', line], timeout=200, **options)
+    assert (done.returncode, done.stderr) == (141, '')
+    assert done.stdout.splitlines()[-1].split()[:4] == ['|', '0', '|', '1']
+    names = {path.name for path in (tmp_path / 'log' / 'runs').iterdir()}
+    assert {'00000.json', '00000.pt'} <= names
+    log = load_log(tmp_path / 'log')
+    assert log['summary']['n'] == len(records(tmp_path / 'log')) < 3
+
+
+class Closing(io.StringIO):
+    """A stdout that raises an error as soon as it would print a line with `text`."""
+
+    def __init__(self, text, error):
+        super().__init__()
+        self.text = text
+        self.error = error
+        self.failed = False
+
+    def write(self, line):
+        self.failed = self.failed or self.text in line
+        if self.failed:
+            raise self.error
+        return super().write(line)
+
+
+GONE = BrokenPipeError(32, 'Broken pipe')
+FULL = OSError(28, 'No space left on device')
+CANNOT_PRINT = 'lab: nothing can be printed any more: [Errno 28] No space left on device\n'
+
+
+@pytest.mark.parametrize('text', ['runs to make', ' 1 |', 'eval'])
+@pytest.mark.parametrize(('error', 'code', 'err'), [(GONE, 141, ''), (FULL, 2, CANNOT_PRINT)])
+def test_a_failed_print_loses_no_run(
+    text, error, code, err, tmp_path, folder, quick, monkeypatch, capsys
+):
+    """Before the first epoch's row, with it, or with the result."""
+    args = [*RUN, '--data', folder, '--runs', 3, '--save', '--out', tmp_path / 'log', *TINY]
+    monkeypatch.setattr(sys, 'stdout', Closing(text, error))
+    assert report_errors('lab', call, *args) == code
+    assert capsys.readouterr().err == err
+    assert quick == [0] and list(records(tmp_path / 'log')) == ['00000.json']
+    assert (tmp_path / 'log' / 'runs' / '00000.pt').exists()
+    assert load_log(tmp_path / 'log')['summary']['n'] == 1
+
+
+def test_a_record_that_is_not_whole_is_named_and_made_again(shared, tmp_path, capsys):
+    log, args = shared.copy(tmp_path / 'log')
+    before = records(log)
+    record = json.loads(before['00003.json'])
+    damaged = {
+        '00000.json': '',
+        '00001.json': '{}',
+        '00002.json': before['00002.json'][:300],
+        '00003.json': json.dumps(record | {'seed': 99}),
+        '00004.json': '{"seed": 9}',
+        '00005 copy.json': before['00005.json'],
+        'notes.json': '[1, 2]',
+    }
+    for name, content in damaged.items():
+        (log / 'runs' / name).write_text(content)
+    assert call('run', '--runs', WANTED, *args) == 0
+    out = capsys.readouterr().out
+    said, _, rest = out.partition(f'5 of {WANTED} runs to make')
+    assert all(f'runs/{name}: not a whole record of this log' in said for name in damaged)
+    assert finished(rest) == [0, 1, 2, 3, 4]
+    for name, text in records(log).items():
+        assert figures(json.loads(text)) == figures(json.loads(before[name]))
+    for name, content in damaged.items():  # nothing is thrown away
+        kept = log / 'runs' / name.replace('.json', '.damaged')
+        assert kept.read_text() == content
+    assert load_log(log)['summary'] == load_log(shared.folder)['summary']
+
+
+@pytest.mark.parametrize('content', ['', '{', '[1, 2]', '"config"'])
+def test_a_damaged_config_is_refused(content, shared, tmp_path, quick):
+    log, args = shared.copy(tmp_path / 'log')
+    (log / 'config.json').write_text(content)
+    line = refuse('run', *args)
+    assert line == f'{log / "config.json"}: is damaged, or not written by lab'
+    assert (log / 'config.json').read_text() == content and quick == []
+
+
+@pytest.mark.parametrize('name', ['00001.json', '00001.pt', 'log.json'])
+def test_a_full_disk_takes_no_result(name, tmp_path, folder, quick, monkeypatch, capsys):
+    replace = os.replace
+
+    def replace_others(source, target):
+        if Path(target).name == name:
+            raise OSError(28, 'No space left on device')
+        replace(source, target)
+
+    args = [*RUN, '--data', folder, '--runs', 3, '--save', '--out', tmp_path / 'log', *TINY]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', replace_others)
+        assert report_errors('lab', call, *args) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith('lab: ') and err.count('\n') == 1
+    assert f'{name} cannot be written: [Errno 28] No space left on device' in err
+    if name == 'log.json':
+        assert finished(out) == [0, 1, 2] and 'runs finished: 3, failed: 0' in out
+    else:
+        assert finished(out) == [0, 1]  # the result is printed, though it cannot be written
+        assert 'runs finished: 1, failed: 0' in out
+        assert f'--out {tmp_path / "log"}' in out
+        assert load_log(tmp_path / 'log')['summary']['n'] == 1
+    assert not list(tmp_path.rglob('*.tmp'))
+    assert call(*args) == 0
+    assert load_log(tmp_path / 'log')['summary']['n'] == 3
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    folder = tmp_path / 'taken'
+    folder.mkdir()
+    with pytest.raises(UserError, match=f'^{folder} cannot be written: '):
+        runs.write_json(folder, {})
+    with pytest.raises(UserError, match='cannot be written as JSON: '):
+        runs.write_json(tmp_path / 'new', {'loss': float('nan')})
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_an_error_in_the_middle_keeps_the_finished_runs(tmp_path, folder, monkeypatch, capsys):
+    monkeypatch.setattr(airbench94, 'train', train_quickly([], {2: ZeroDivisionError}))
+    with pytest.raises(ZeroDivisionError):
+        call(*RUN, '--data', folder, '--runs', 5, '--out', tmp_path / 'log', *TINY)
+    assert 'runs finished: 2, failed: 0' in capsys.readouterr().out
+    assert load_log(tmp_path / 'log')['summary']['n'] == 2
+
+
+#### Another command ###############################################################################
+
+
+@pytest.mark.parametrize(
+    ('change', 'values'),
+    [
+        (['opt.lr=3'], 'hyp.opt.lr is 11.5 there, and 3.0 here'),
+        (['aug.flip=false'], 'hyp.aug.flip is True there, and False here'),
+        (['--seed', 6], 'seed is 5 there, and 6 here'),
+        (['--dtype', 'bfloat16'], 'dtype is float32 there, and bfloat16 here'),
+        (['--compile'], 'mode is eager there, and compiled here'),
+    ],
+)
+def test_other_settings_are_refused(change, values, shared, quick):
+    before = records(shared.folder), (shared.folder / 'log.json').read_bytes()
+    line = refuse('run', *shared.args, *change)
+    assert line == f'--out {shared.folder}: {values}; choose another folder'
+    assert before == (records(shared.folder), (shared.folder / 'log.json').read_bytes())
+    assert quick == []
+
+
+def test_other_data_is_refused(shared, tmp_path):
+    other = save_set(tmp_path / 'set', random_set(200, seed=3), random_set(60, seed=4))
+    there = json.loads((shared.folder / 'config.json').read_text())['data']['sha256']
+    line = refuse('run', *shared.args, '--data', other)
+    assert line.startswith(f'--out {shared.folder}: data.sha256 is {there} there, and ')
+
+
+def test_the_same_data_may_have_another_path(shared, tmp_path, folder, quick, monkeypatch):
+    _, args = shared.copy(tmp_path / 'log')
+    shutil.copytree(folder, tmp_path / 'copy')
+    monkeypatch.chdir(folder.parent)
+    for path in (f'{folder}/', folder.name, f'./{folder.name}', tmp_path / 'copy'):
+        assert call('run', '--runs', WANTED, *args, '--data', path) == 0
+    assert quick == []
+
+
+def test_an_edited_recipe_is_refused(shared, tmp_path, quick):
+    source = RECIPE.read_text()
+    edited = tmp_path / 'airbench94.py'
+    edited.write_text(source.replace('torch.manual_seed(seed)', 'torch.manual_seed(1 + seed)'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, 'airbench94', airbench94)  # restored afterwards
+        line = refuse('run', edited, *shared.args[1:])
+    number = 1 + source[: source.index('torch.manual_seed(seed)')].count('\n')
+    assert line.startswith(f'--out {shared.folder}: line {number} of source is torch.manual_seed(')
+    assert ' there, and torch.manual_seed(1 + seed) ' in line and quick == []
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, folder, quick):
+    (tmp_path / 'thesis.tex').touch()
+    line = refuse(*RUN, '--data', folder, '--out', tmp_path, *TINY)
+    assert line.startswith(f'--out {tmp_path}: holds thesis.tex, and no log')
+    assert [path.name for path in tmp_path.iterdir()] == ['thesis.tex'] and quick == []
+
+
+def test_a_log_that_was_killed_at_its_start_is_started_again(tmp_path, folder, quick):
+    (tmp_path / 'config.lock').touch()
+    (tmp_path / 'config.json.host.1.tmp').write_text('{"scr')
+    assert call(*RUN, '--data', folder, '--out', tmp_path, *TINY) == 0
+    assert load_log(tmp_path)['summary']['n'] == 1
+
+
+#### Runs that all ranks make together #############################################################
+
+SWAP = [
+    ROOT / 'swap94.py', '--device', 'cpu', '--out', 'log', '--runs', 2, '--save',
+    'net.widths.block1=8', 'net.widths.block2=8', 'net.widths.block3=8',
+    'phase1.batch_size=32', 'phase1.shards=2', 'phase1.train_epochs=1',
+    'phase2.workers=2', 'phase2.batch_size=32', 'phase2.train_epochs=1',
+    'statistics.batch_size=32',
+]  # fmt: skip
+
+
+def test_all_ranks_make_each_run_together(tmp_path, folder, capsys, monkeypatch):
+    with running(*SWAP, '--data', folder, cwd=tmp_path, launcher=TORCHRUN) as process:
+        out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert finished(out) == [0, 1] and 'runs finished: 2, failed: 0' in out
+    assert out.count('2 of 2 runs to make') == 1 and 'waiting for 2 ranks' in out
+    assert 'phase 2, each worker     4 ' in out
+    together = load_log(tmp_path / 'log')
+    assert [run['ranks'] for run in together['runs']] == [2, 2]
+    phases = together['runs'][0]['phases']
+    assert list(phases) == ['phase1', 'phase2', 'phase3']
+    assert phases['phase1']['all_reduces'] > 0 and phases['phase1']['seconds'] > 0
+    names = {path.name for path in (tmp_path / 'log' / 'runs').iterdir()}
+    assert names == {'00000.json', '00000.pt', '00001.json', '00001.pt'}
+    assert list((tmp_path / 'log' / 'checkpoints').iterdir()) == []
+
+    monkeypatch.chdir(tmp_path)  # a single process makes the same runs, and nothing twice
+    assert call('run', *SWAP, '--data', folder) == 0
+    assert '0 of 2 runs to make' in capsys.readouterr().out
+    assert call('run', *SWAP, '--data', folder, '--out', 'alone') == 0
+    alone = load_log(tmp_path / 'alone')
+    accuracies = [[run['tta_val_acc'] for run in log['runs']] for log in (together, alone)]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=2 / 60)  # to rounding
+    assert call('run', SWAP[0], '--load', 'log/runs/00001.pt', '--data', folder) == 0
+    with runs.FileLock(tmp_path / 'log' / 'call.lock'):
+        line = refuse('run', *SWAP, '--data', folder)
+    assert line == '--out log: another command is at work there'
+
+
+def test_ranks_that_disagree_get_one_line(folder, monkeypatch):
+    def gather(value):
+        """As on rank 0, if rank 1 has another seed."""
+        return [value, value | {'seed': 1}] if isinstance(value, dict) else [value, value]
+
+    monkeypatch.setattr(runs, 'gather', gather)
+    line = refuse('run', *SWAP, '--data', folder)
+    assert line == 'the ranks must agree: seed is 1 on rank 1, and 0 on rank 0'
+    monkeypatch.setenv('RANK', '1')
+    with pytest.raises(SystemExit, match='2'):  # without a line
+        call('run', *SWAP, '--data', folder)
+
+
+def test_a_rank_without_a_launcher_gets_one_line(folder, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('RANK', '0')
+    line = refuse('run', *SWAP, '--data', folder)
+    assert line.startswith('WORLD_SIZE is set, but not MASTER_ADDR, MASTER_PORT; start the ranks ')
