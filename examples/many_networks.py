@@ -11,11 +11,8 @@ from lab.errors import UserError, report_errors
 from lab.runs import write_tensors
 
 
-def train_many(count, train_set, test_set, hyp, device, dtype):
+def train_many(count, train_loader, test_loader, hyp):
     """[(weights, record), ...] for the seeds 0, 1, ..."""
-    train_loader, test_loader = ab.make_loaders(
-        train_set, test_set, hyp, device=device, dtype=dtype
-    )
     faster = ab.fast_path(train_loader, hyp)
     ab.warm_up(train_loader, test_loader, hyp, faster)
     networks = []
@@ -32,8 +29,10 @@ def main(args):
     if len(args) != 2 or not args[0].isdecimal():
         raise UserError('needs a number and a file: python -m examples.many_networks 10 nets.pt')
     ab.keep_freed_memory()
-    _, hyp, *sets = ab.load_sets('cifar10')
-    write_tensors(Path(args[1]), train_many(int(args[0]), *sets, hyp, *ab.pick_device()))
+    device, dtype = ab.pick_device()
+    _, hyp, statistics, *sets = ab.load_sets('cifar10')
+    loaders = ab.make_loaders(*sets, hyp, device=device, dtype=dtype, **statistics)
+    write_tensors(Path(args[1]), train_many(int(args[0]), *loaders, hyp))
     return 0
 
 

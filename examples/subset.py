@@ -10,11 +10,8 @@ import airbench94 as ab
 from lab.errors import report_errors
 
 
-def train_on_the_hardest(train_set, test_set, hyp, device, dtype):
+def train_on_the_hardest(train_loader, test_loader, hyp):
     """(accuracy after training on all images, accuracy after training on 60% of them)"""
-    train_loader, test_loader = ab.make_loaders(
-        train_set, test_set, hyp, device=device, dtype=dtype
-    )
     net, of_all = ab.train(train_loader, test_loader, hyp)
 
     confidence = ab.infer(net, train_loader).softmax(1).amax(1)
@@ -27,8 +24,10 @@ def train_on_the_hardest(train_set, test_set, hyp, device, dtype):
 
 def main(data=None):
     ab.keep_freed_memory()
-    _, hyp, *sets = ab.load_sets(data)
-    of_all, of_hardest = train_on_the_hardest(*sets, hyp, *ab.pick_device())
+    device, dtype = ab.pick_device()
+    _, hyp, statistics, *sets = ab.load_sets(data)
+    loaders = ab.make_loaders(*sets, hyp, device=device, dtype=dtype, **statistics)
+    of_all, of_hardest = train_on_the_hardest(*loaders, hyp)
     print(f'all images: {of_all:.4f}, the hardest 60%: {of_hardest:.4f}')
     return 0
 
