@@ -94,7 +94,7 @@ def read_split(file):
         raise UserError(f'{found}; {FORMAT}') from error
     check_split(file, content)
     classes = [str(name) for name in content['classes']]
-    return (content['images'].contiguous(), content['labels'].contiguous()), classes
+    return (content['images'], content['labels']), classes
 
 
 def load_own_set(folder):
@@ -152,6 +152,8 @@ def load_set(data, recipe):
         recipe: the module that loads CIFAR-10 and the digits.
     """
     train, test, classes = load_any(data, recipe)
+    # Batches are taken out of contiguous images only. CIFAR-10's own files have channels first.
+    train, test = [tuple(tensor.contiguous() for tensor in split) for split in (train, test)]
     mean, std = recipe.CIFAR_MEAN, recipe.CIFAR_STD
     if classes != CIFAR_CLASSES:
         mean, std = channel_statistics(train[0])
