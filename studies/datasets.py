@@ -33,7 +33,7 @@ SCALES = {
     'smoke': {
         'hyp': [*NARROW, 'opt.train_epochs=1', 'opt.batch_size=50', 'net.tta_level=1'],
         'images': 200,
-        'runs': 2,
+        'runs': 1,
     },
 }
 

@@ -65,7 +65,7 @@ SCALES = {
         'images': 200,
         'epochs': [1, 2, 3],
         'cutouts': [0],
-        'runs': 2,
+        'runs': 1,
     },
 }
 # Table 6: mean accuracy of airbench94 in percent, n=400, with each of FLIPS.

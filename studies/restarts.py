@@ -113,7 +113,7 @@ SCALES = {
         'curve_epochs': 1,
         'points': 3,
         'grid': 2,
-        'runs': 2,
+        'runs': 1,
     },
 }
 SCHEDULES = ('sgdr', 'steps')

@@ -57,7 +57,7 @@ SCALES = {
         'epochs': 1,
         'batch_size': 20,
         'lr': 0.02,
-        'runs': 2,
+        'runs': 1,
     },
 }
 GIVEN = ('A', 'B')

@@ -57,7 +57,7 @@ SCALES = {
         'images': 200,
         'widths': [8, 32, 64],
         'epochs': 1,
-        'runs': 3,
+        'runs': 2,
     },
 }
 

@@ -1,10 +1,9 @@
-"""Estimators against data whose answer is known; every study at smoke scale, killed and resumed."""
+"""Estimators, on data whose answer is known; and every study at smoke scale."""
 
 import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -12,16 +11,31 @@ from contextlib import redirect_stderr, redirect_stdout
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT, SERVER
-from PIL import Image
+from conftest import ROOT, SERVER, run_command
 
 import airbench94
 import airbench95
 import airbench96
+from lab.data import load_set
 from studies import ablation, common, datasets, flip, frontier, variance
 
 FEW = {'device': 'cpu', 'dtype': torch.float32}
-AIRBENCH94 = {'net': 'airbench94'}
+
+
+@pytest.fixture(scope='module')
+def image_set(folder):
+    return load_set(folder, airbench94)
+
+
+@pytest.fixture
+def make_place(image_set, tmp_path):
+    """make(study, net=None, image_set=...) -> a Place with the study's smallest scale."""
+
+    def make(study, net=None, image_set=image_set):
+        return common.Place(study.SCALES['smoke'] | {'net': net}, tmp_path, image_set, **FEW)
+
+    return make
+
 
 #### Flip ####
 
@@ -36,26 +50,24 @@ def test_speedups_are_the_papers(cutout, has_tta, percents):
         assert ours == pytest.approx(percent, rel=0.01)
 
 
-def test_the_power_law_is_found_again():
+def test_we_find_the_power_law_again():
     epochs = [5, 10, 20, 40]
     errors = [flip.power_law(e, -0.8, 20.0, 5.0) for e in epochs]
     law = flip.fit_power_law(epochs, errors)
     assert law == pytest.approx([-0.8, 20.0, 5.0], rel=1e-3)
-    # 15 epochs have the error at which another training has arrived after 10.
+    # Random flip needs 15 epochs for the error that another training has after 10.
     error = flip.power_law(15, -0.8, 20.0, 5.0)
     assert flip.speedup(law, 10, error) == pytest.approx(0.5, rel=1e-2)
     assert flip.speedup(law, 10, 4.9) == np.inf
 
 
-def loader_with(flips, replaced=False):
-    loader = airbench94.CifarLoader('digits', True, 50, {'flip': True}, seed=3, **FEW)
-    loader = common.first_images(loader, 1000, flip.FlipLoader)
-    loader.flips = flips
-    loader.replaced = replaced
-    return loader
+def loader_with(flips, **options):
+    images, labels = torch.zeros(1000, 32, 32, 3, dtype=torch.uint8), torch.arange(1000) % 10
+    options |= {'train': True, 'seed': 3} | FEW
+    return flip.FlipLoader(images, labels, 50, {'flip': True}, flips=flips, **options)
 
 
-def test_the_loader_flips_as_it_is_told():
+def test_the_loader_flips_in_three_ways():
     flips = {kind: [loader_with(kind).draw(e)['flip'] for e in range(4)] for kind in flip.FLIPS}
     assert not torch.stack(flips['none']).any()
     first, second, third, fourth = flips['alternating']
@@ -77,26 +89,23 @@ def test_speedups_have_intervals():
     assert common.paired_p(random[:, 0], faster[:, 0]) < 1e-6
 
 
-def test_flip_trains_every_script(tmp_path, monkeypatch):
-    loaders = [airbench94.CifarLoader('digits', train, 100, **FEW) for train in (True, False)]
-    place = common.Place(flip.SCALES['smoke'] | AIRBENCH94, tmp_path, *loaders)
+def test_flip_trains_every_recipe(make_place, monkeypatch):
     trained = {}
 
-    def train(self, script, loader, hyp, seed):
-        trained[script] = loader.aug['cutout']
-        return script.make_net(hyp, 10, **FEW)
+    def train(self, recipe, loader, hyp, seed):
+        trained[recipe] = loader.aug['cutout']
+        return recipe.make_net(hyp, 10, **FEW)
 
     monkeypatch.setattr(common.Place, 'train', train)
+    cell = {'flip': 'none', 'replaced': False, 'epochs': 1, 'cutout': 12}
     for net in ('airbench95', 'airbench96'):
-        place.settings['net'] = net
-        cell = {'flip': 'none', 'replaced': False, 'epochs': 1, 'cutout': 12}
-        assert 0 < flip.train(cell, 0, place)['val_acc'] < 1
+        assert 0 <= flip.train(cell, 0, make_place(flip, net))['val_acc'] < 1
     assert trained == {airbench95: 12, airbench96: 12}
 
 
 def test_drawing_with_replacement_repeats_images():
     order = loader_with('random', replaced=True).draw(0)['order']
-    assert len(order) == 1000 and 550 < len(order.unique()) < 700  # a share of 1 - 1/e, 632
+    assert len(order) == 1000 and 550 < len(order.unique()) < 700  # about 1000 * (1 - 1/e)
     assert len(loader_with('random').draw(0)['order'].unique()) == 1000
 
 
@@ -105,9 +114,8 @@ def test_drawing_with_replacement_repeats_images():
 
 def test_independent_coins_have_no_variance_in_distribution():
     correct = np.random.default_rng(0).random((400, 2000)) < 0.9
-    # Test-set accuracies vary, by the square root of 0.9 * 0.1 / 2000.
+    # Test-set accuracies vary by sqrt(0.9 * 0.1 / 2000).
     assert correct.mean(1).std(ddof=1) == pytest.approx(0.0067, rel=0.1)
-    # Of 4.5e-5, three deviations.
     assert abs(variance.distribution_variance(correct.mean(1), correct.mean(0))) < 1e-5
 
 
@@ -126,7 +134,7 @@ def test_calibrated_votes_have_no_calibration_error_and_confident_ones_have():
     votes = np.stack([shares, 1 - shares], axis=1).repeat(20_000, axis=0)
     labels = (rng.random(len(votes)) < votes[:, 1]).astype(int)
     assert variance.calibration_error(votes, labels) < 0.02
-    # Networks that agree, and are right about two thirds, miss two classes' shares by a third.
+    # Networks that always agree, and are right about two thirds, are off by a third for each class.
     sure = np.tile([1.0, 0.0], (300, 1))
     labels = np.arange(300) % 3 // 2
     assert variance.calibration_error(sure, labels) == pytest.approx(2 / 3)
@@ -147,7 +155,7 @@ def test_the_tests_find_a_smaller_deviation_and_a_smaller_calibration_error():
     assert variance.p_of_calibration(votes, sure, labels) == 1
 
 
-def test_votes_are_counted_and_are_enough_without_the_logits(tmp_path):
+def test_counted_votes_are_enough_without_the_logits(tmp_path):
     cell = {'epochs': 1, 'width': 1}
     (tmp_path / 'cells').mkdir()
     labels = np.array([0, 1, 2])
@@ -189,39 +197,29 @@ def test_the_frontier_draws_the_kept_logs(tmp_path, capsys):
 #### Datasets ####
 
 
-def save_images(folder, classes, seed):
-    """A folder of images: 40 x 50 pixels, of one grey for each class."""
-    for n, name in enumerate(classes):
-        path = folder / name
-        path.mkdir(parents=True)
-        for i in range(3):
-            Image.new('L', (40, 50), 60 * n + seed).save(path / f'{i}.png')
+@pytest.mark.parametrize('study', [datasets, variance])
+def test_digits_are_mirrored_neither_in_training_nor_in_tests(study, make_place, monkeypatch):
+    flips, levels = [], []
+    tta_views = airbench94.tta_views
 
+    def train(self, recipe, loader, hyp, seed):
+        flips.append(loader.aug['flip'])
+        return recipe.make_net(hyp, 10, **FEW)
 
-def test_a_folder_of_images_becomes_a_set(tmp_path, capsys):
-    for seed, split in enumerate(('train', 'test')):
-        save_images(tmp_path / 'images' / split, ['cat', 'dog', 'emu'], seed)
-    assert datasets.main([str(tmp_path / 'images'), str(tmp_path / 'set')]) == 0
-    assert '9 images of 3 classes' in capsys.readouterr().out
-    test = airbench94.load_data(tmp_path / 'set', train=False)
-    assert test['classes'] == ['cat', 'dog', 'emu']
-    assert test['labels'].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert test['images'].shape == (9, 32, 32, 3)
-    assert test['images'][:, 3, 4, 2].tolist() == [1, 1, 1, 61, 61, 61, 121, 121, 121]
+    def look(inputs, level):
+        levels.append(level)
+        return tta_views(inputs, level)
 
-
-def test_svhns_pixels_come_in_another_order(tmp_path, monkeypatch):
-    class Svhn:
-        def __init__(self, folder, split, download):
-            self.data = np.zeros((4, 3, 32, 32), np.uint8)
-            self.data[1, 2, 30, 7] = 9
-            self.labels = np.array([5, 0, 9, 1])
-
-    monkeypatch.setattr(datasets.torchvision.datasets, 'SVHN', Svhn)
-    assert datasets.main(['svhn', str(tmp_path)]) == 0
-    train = airbench94.load_data(tmp_path)
-    assert train['labels'].tolist() == [5, 0, 9, 1] and len(train['classes']) == 10
-    assert train['images'].nonzero().tolist() == [[1, 30, 7, 2]]
+    monkeypatch.setattr(common.Place, 'train', train)
+    monkeypatch.setattr(airbench94, 'tta_views', look)
+    (cell, seed), *_ = study.plan(study.SCALES['smoke'], [])
+    place = make_place(study)
+    place.folder.joinpath('cells').mkdir()
+    study.train(cell, seed, place)
+    assert flips == [True] and set(levels) == {0, 1}
+    levels.clear()
+    study.train(cell, seed, make_place(study, image_set=load_set('digits', airbench94)))
+    assert flips == [True, False] and set(levels) == {0}
 
 
 def test_the_papers_figures_stand_beside_the_sets(tmp_path, capsys):
@@ -230,22 +228,6 @@ def test_the_papers_figures_stand_beside_the_sets(tmp_path, capsys):
     datasets.show(config, [cell, cell | {'tta_val_acc': 0.77}], tmp_path)
     row = capsys.readouterr().out.partition('\n\nplot')[0].splitlines()[-1].split()
     assert row[:2] == ['12', '2'] and '76.00' in row and row[-2:] == ['78.04', '79.76']
-
-
-def test_mistakes_with_sets_are_told_in_one_line(tmp_path, capsys):
-    def says(*call):
-        assert datasets.main([*map(str, call)]) == 2
-        error = capsys.readouterr().err
-        assert error.count('\n') == 1
-        return error
-
-    dest = tmp_path / 'set'
-    assert 'is no folder' in says('cifar1000', dest)
-    save_images(tmp_path / 'train', ['cat', 'dog'], 0)
-    assert 'cannot be read' in says(tmp_path, dest)
-    save_images(tmp_path / 'test', ['cat', 'emu'], 0)
-    assert 'different classes' in says(tmp_path, dest)
-    assert not (dest / 'train.pt').exists()
 
 
 #### Ablation ####
@@ -302,16 +284,18 @@ def test_the_plan_waits_for_a_rounds_networks():
 
 
 @pytest.mark.parametrize('feature', ['none', *ablation.FEATURES])
-def test_a_feature_is_taken_out_or_put_in(feature, tmp_path, monkeypatch):
+def test_a_feature_is_removed_or_added(feature, make_place, monkeypatch):
     seen = {}
 
-    def look(loader, tests, hyp, seed, net):
-        images = loader.normalize(loader.images[:100])
-        fresh = airbench94.make_net(hyp, seed=seed, **FEW)
-        airbench94.init_whitening_conv(fresh[0], images, 1e-3)
-        first, second = fresh[0].weight, fresh[2].layers[1].conv.weight
+    def look(
+        loader, tests, hyp, seed, make_net, init_whitening_conv=airbench94.init_whitening_conv
+    ):
+        net = make_net(hyp, 10, seed=seed, **FEW)
+        init_whitening_conv(net[0], loader.normalize(loader.images[:100]), 1e-3)
+        first, second = net[0].weight, net[2].layers[1].conv.weight
         seen['whitening'] = torch.equal(first[:12], -first[12:])
-        seen['whitening'] &= not net[0].weight.requires_grad
+        assert first.requires_grad != seen['whitening']
+        assert bool(second[3, 3, 0, 0]) != (second[3, 3, 1, 1].item() == 1)  # dirac, or random
         seen['identity initialization'] = second[3, 3, 1, 1].item() == 1
         seen['bias scaler'] = hyp['opt']['bias_scaler'] == 64
         seen['Lookahead'] = hyp['opt']['lookahead']['decay'] > 0
@@ -320,16 +304,14 @@ def test_a_feature_is_taken_out_or_put_in(feature, tmp_path, monkeypatch):
         return net, {}
 
     monkeypatch.setattr(airbench94, 'train', look)
-    loaders = [airbench94.CifarLoader('digits', train, 100, **FEW) for train in (True, False)]
-    place = common.Place(ablation.SCALES['smoke'], tmp_path, *loaders)
+    place = make_place(ablation)
     for start in ('final', 'baseline'):
         ablation.train({'start': start, 'feature': feature, 'epochs': 1}, 0, place)
         has = ablation.features_of(start, feature)
         assert seen == {name: name in has for name in ablation.FEATURES}
-    assert airbench94.Conv is not ablation.PlainConv
 
 
-#### Every study, by two processes ####
+#### Every study ####
 
 PICTURES = {  # one that the study draws
     'flip': 'strip.png',
@@ -356,10 +338,12 @@ def run_rank(name, out, rank):
     """What RANK=rank WORLD_SIZE=2 python -m studies.NAME does, with its output in a log."""
     os.environ.update(RANK=str(rank), WORLD_SIZE='2')
     torch.set_num_threads(1)
-    call = ['--scale', 'smoke', '--data', 'digits', '--device', 'cpu', '--out', str(out)]
     with open(log_of(out, rank), 'w') as log, redirect_stdout(log), redirect_stderr(log):
-        code = common.run_study(study_of(name), call)
-    sys.exit(code)
+        sys.exit(common.run_study(study_of(name), smoke(out)))
+
+
+def smoke(out, data='digits'):
+    return ['--scale', 'smoke', '--data', str(data), '--device', 'cpu', '--out', str(out)]
 
 
 def log_of(out, rank):
@@ -398,9 +382,32 @@ def test_a_paired_p_is_that_of_students_test():
     assert np.isnan(common.paired_p([1.0], [0.0]))
 
 
+def show_again(study, out, capsys):
+    """The table from the study's records."""
+    assert common.run_study(study, ['--show', '--out', str(out)]) == 0
+    return capsys.readouterr().out.partition('\nplot')[0]
+
+
 @pytest.mark.parametrize('name', PICTURES)
-def test_two_processes_make_a_study_which_was_killed(name, tmp_path, capsys):
-    study, picture = study_of(name), PICTURES[name]
+def test_a_study_trains_and_shows(name, tmp_path, capsys):
+    study = study_of(name)
+    assert common.run_study(study, smoke(tmp_path)) == 0
+    output = capsys.readouterr().out
+    records = common.read_cells(tmp_path)
+    made = {common.cell_file(tmp_path, record['cell'], record['seed']) for record in records}
+    settings = common.read_json(tmp_path / 'config.json')['settings']
+    assert made == {common.cell_file(tmp_path, *job) for job in study.plan(settings, records)}
+    assert (tmp_path / PICTURES[name]).stat().st_size > 10_000
+
+    shutil.rmtree(tmp_path / 'cells')  # study.json is enough for table and pictures
+    table = show_again(study, tmp_path, capsys)
+    assert table and table in output
+    assert common.read_study(tmp_path)[1] == records
+
+
+@pytest.mark.parametrize('name', ['flip', 'connectivity'])
+def test_two_processes_finish_a_study_that_was_killed(name, tmp_path, capsys):
+    study = study_of(name)
     out = tmp_path / name
     kill_after_the_first(start(name, out, 0), out)
     before = {file: file.read_bytes() for file in out.glob('cells/*.json')}
@@ -417,28 +424,18 @@ def test_two_processes_make_a_study_which_was_killed(name, tmp_path, capsys):
     made = {common.cell_file(out, record['cell'], record['seed']) for record in records}
     assert made == {common.cell_file(out, *job) for job in study.plan(settings, records)}
     assert not list(out.glob('cells/*.tmp'))
-    assert (out / picture).stat().st_size > 10_000
-
-    # Table and pictures can be made again, of the records alone; and of study.json alone.
-    for is_kept in (False, True):
-        if is_kept:
-            shutil.rmtree(out / 'cells')
-        assert common.run_study(study, ['--show', '--out', str(out)]) == 0
-        table = capsys.readouterr().out.partition('\nplot')[0]
-        assert table and table in outputs[0]
+    assert show_again(study, out, capsys) in outputs[0]
     assert 'plot in' not in outputs[1]
-    assert common.read_study(out)[1] == records
 
 
 @pytest.mark.parametrize(
     'name', sorted(path.name for path in (ROOT / 'logs' / 'studies').iterdir())
 )
-def test_kept_studies_have_the_tables_that_are_beside_them(name, tmp_path, capsys):
+def test_kept_studies_still_give_their_tables(name, tmp_path, capsys):
     kept, out = ROOT / 'logs' / 'studies' / name, tmp_path / name
     shutil.copytree(kept, out)
     config = common.read_json(kept / 'study.json')
-    assert common.run_study(study_of(config['study']), ['--show', '--out', str(out)]) == 0
-    table = capsys.readouterr().out.partition('\nplot in')[0]
+    table = show_again(study_of(config['study']), out, capsys)
     lines = [line.rstrip() for line in table.splitlines()]
     assert lines == (kept / 'table.txt').read_text().splitlines()
     for picture in kept.glob('*.png'):
@@ -446,17 +443,14 @@ def test_kept_studies_have_the_tables_that_are_beside_them(name, tmp_path, capsy
 
 
 def test_a_study_is_a_command(tmp_path):
-    command = [sys.executable, '-m', 'studies.flip', '--show', '--out', str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
+    result = run_command('-m', 'studies.flip', '--show', '--out', tmp_path, cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ''
     assert result.stderr.startswith(f'studies.flip: {tmp_path}: holds no records of a study')
     assert result.stderr.count('\n') == 1
 
 
-def test_a_records_seed_makes_the_same_network_again(tmp_path):
-    options = {'device': 'cpu', 'dtype': torch.float32}
-    loaders = [airbench94.CifarLoader('digits', train, 100, **options) for train in (True, False)]
-    place = common.Place(flip.SCALES['smoke'] | AIRBENCH94, tmp_path, *loaders)
+def test_a_records_seed_makes_the_same_network_again(make_place):
+    place = make_place(flip, 'airbench94')
     cell, seed = flip.plan(flip.SCALES['smoke'], [])[1]
     assert flip.train(cell, seed, place) == flip.train(cell, seed, place)
 
@@ -466,16 +460,21 @@ def test_a_records_seed_makes_the_same_network_again(tmp_path):
 
 def test_a_network_that_diverges_ends_the_study(tmp_path, capsys, monkeypatch):
     def train(*args, **options):
-        return None, {'failed': {'step': 3, 'reason': 'the loss is nan'}}
+        return None, {'failed': 'the loss is nan at step 3'}
 
     monkeypatch.setattr(airbench94, 'train', train)
-    call = ['--scale', 'smoke', '--data', 'digits', '--device', 'cpu', '--out', str(tmp_path)]
-    assert common.run_study(flip.STUDY, call) == 2
+    assert common.run_study(flip.STUDY, smoke(tmp_path)) == 2
     assert 'the network of seed 0 diverges: the loss is nan' in capsys.readouterr().err
     assert not list(tmp_path.glob('cells/*.json'))
 
 
-def test_mistakes_are_told_in_one_line(tmp_path, capsys):
+def test_a_loader_of_few_images_knows_all_classes(make_place):
+    place = make_place(flip)
+    place.settings['images'] = 1
+    assert place.training_loader(1).num_classes == 10
+
+
+def test_mistakes_are_one_line(tmp_path, folder, capsys):
     def says(study, *call):
         assert common.run_study(study.STUDY, [*call]) == 2
         error = capsys.readouterr().err
@@ -491,5 +490,9 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys):
     (tmp_path / 'log' / 'config.json').write_text(json.dumps({'study': 'variance'}))
     assert 'choose another folder' in says(flip, '--data', 'digits', '--out', out)
     assert 'there is no such device' in says(flip, '--data', 'digits', '--device', 'cuda:99')
+    paper = ['--scale', 'paper', '--data', str(folder), '--device', 'cpu']
+    small = says(flip, *paper, '--out', str(tmp_path / 'paper'))
+    assert 'choose a smaller batch size' in small
+    assert 'no data in' in says(flip, '--data', str(tmp_path / 'nothing'))
     assert frontier.main(['missing.json']) == 2
     assert 'missing.json' in capsys.readouterr().err
