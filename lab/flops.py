@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lab.networks import tta_level
+
 ON_META = {'device': 'meta', 'dtype': torch.float32}
 TTA_VIEWS = (1, 2, 6)  # how many views of an image each level evaluates
 
@@ -36,8 +38,7 @@ def count_per_image(recipe, hyp_json, num_classes, size):
 
 def views_per_image(hyp):
     """How many views of each test image a run evaluates at its end."""
-    level = hyp['net']['tta_level'] if hyp['aug']['flip'] else 0
-    return TTA_VIEWS[level]
+    return TTA_VIEWS[tta_level(hyp)]
 
 
 #### Recipes like airbench94 #######################################################################

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lab.errors import UserError, first_lines
 
-# What the lab uses of every recipe. swap94 also has `join_ranks`.
+# What the lab uses of every recipe.
 NEEDED = """
 hyp digits_hyp CIFAR_MEAN CIFAR_STD load_cifar10 load_digits CifarLoader make_loaders make_net train
 evaluate infer fast_path warm_up keep_freed_memory
@@ -53,6 +53,11 @@ def load_recipe(path):
 
 def is_recipe(module):
     return bool(getattr(module, '__file__', None)) and all(hasattr(module, n) for n in NEEDED)
+
+
+def is_joint(recipe):
+    """Whether all ranks together make each run, as in swap94. Otherwise they share the runs."""
+    return hasattr(recipe, 'join_ranks')
 
 
 def read_source(recipe):

@@ -62,30 +62,30 @@ def new_folder(name):
     return Path('logs', f'{time.strftime("%Y%m%d-%H%M%S")}-{name}-{os.urandom(3).hex()}')
 
 
-def describe_difference(name, before, now):
-    """One line about a setting that is `before` in the log, and `now` here."""
-    values = f'{name} is {before} there, and {now} here'
+def describe_difference(name, before, now, there, here):
+    """One line about a setting with two values."""
+    values = f'{name} is {before} {there}, and {now} {here}'
     if len(values) <= 200:
         return values
     if not isinstance(before, str) or not isinstance(now, str):
         return f'{name} differs'
-    before_lines, now_lines = before.splitlines(), now.splitlines()
+    lines, now_lines = before.splitlines(), now.splitlines()
     number = 0
-    while before_lines[number : number + 1] == now_lines[number : number + 1]:
+    while lines[number : number + 1] == now_lines[number : number + 1] != []:
         number += 1
-    line_before, line_now = (
-        lines[number].strip() if number < len(lines) else 'missing'
-        for lines in (before_lines, now_lines)
-    )
-    return f'line {number + 1} of {name} is {line_before[:80]} there, and {line_now[:80]} here'
+    ours, theirs = [
+        text[number].strip()[:80] if number < len(text) else 'missing'
+        for text in (lines, now_lines)
+    ]
+    return f'line {number + 1} of {name} is {ours} {there}, and {theirs} {here}'
 
 
-def first_difference(before, now):
+def first_difference(before, now, there='there', here='here'):
     """What differs between two configs, in one line, or None. The data may have another path."""
     before, now = flat(before), flat(json.loads(json.dumps(now)))
     for name in sorted(before.keys() | now.keys()):
         if name != 'data.path' and before.get(name) != now.get(name):
-            return describe_difference(name, before.get(name), now.get(name))
+            return describe_difference(name, before.get(name), now.get(name), there, here)
     return None
 
 
@@ -192,20 +192,19 @@ def stop_together(mistake):
             raise UserError(line) if is_first_process() else SystemExit(2)
 
 
-def check_configs(config):
-    """Stop all ranks unless they have the same settings and the same data."""
-    configs = gather(config)
-    for rank, other in enumerate(configs):
-        difference = first_difference(other, configs[0])
+def check_agreement(folder, config):
+    """Stop all ranks unless they have the same settings, data and folder."""
+    first, *others = gather({'--out': str(folder)} | config)
+    for rank, other in enumerate(others, 1):
+        difference = first_difference(other, first, f'on rank {rank}', 'on rank 0')
         if difference:
-            difference = difference.replace('there', f'on rank {rank}').replace('here', 'on rank 0')
             stop_together(f'the ranks must agree: {difference}')
 
 
 @contextmanager
 def open_log_together(folder, config):
     """Open the log on rank 0, and keep other commands out of it. All ranks must see the folder."""
-    check_configs(config)
+    check_agreement(folder, config)
     line = None
     lock = FileLock(folder / 'call.lock')
     if is_first_process():

@@ -17,7 +17,7 @@ from lab.flops import costs_of_phases, pflop_of_run
 from lab.machine import describe_machine, is_first_process, process_count
 from lab.networks import load_network, save_network, tta_level
 from lab.options import override
-from lab.recipes import read_source
+from lab.recipes import is_joint, read_source
 from lab.summary import print_phases, print_summary, summarize
 
 #### Output ########################################################################################
@@ -94,7 +94,7 @@ def make_loaders(recipe, image_set, hyp, device, dtype):
     options = {'device': device, 'dtype': dtype, 'mean': image_set.mean, 'std': image_set.std}
     try:
         loaders = recipe.make_loaders(image_set.train, image_set.test, hyp, **options)
-        if not hasattr(recipe, 'join_ranks'):  # which checks its batches itself
+        if not is_joint(recipe):  # which checks its batches itself
             len(loaders[0])
     except ValueError as error:
         raise UserError(first_lines(error)) from error
@@ -104,7 +104,8 @@ def make_loaders(recipe, image_set, hyp, device, dtype):
 
 
 def is_kernel(value):
-    return (getattr(value, '__module__', None) or '').startswith('kernels')
+    module = getattr(value, '__module__', None) or ''
+    return module.partition('.')[0] == 'kernels'
 
 
 def use_kernels(loader):
@@ -141,7 +142,8 @@ def make_faster(recipe, train_loader, hyp, *, compiles, kernels):
     if kernels == 'on' or (kernels == 'auto' and train_loader.device.type == 'cuda'):
         works = use_kernels(train_loader)
         if kernels == 'on' and not works:
-            raise UserError('--kernels on needs a GPU, Triton, and the augmentation of airbench94')
+            needed = "a GPU, Triton, kernels/, and the original recipe's augment"
+            raise UserError(f'--kernels on needs {needed}')
     return faster
 
 
@@ -201,11 +203,6 @@ class Command:
     saves_networks: bool
     output: Output = field(default_factory=Output)
 
-    @property
-    def is_joint(self):
-        """Whether all ranks together make each run."""
-        return hasattr(self.recipe, 'join_ranks')
-
     def make_run(self, run):
         """Train run number `run`, log it and print its result."""
 
@@ -214,20 +211,20 @@ class Command:
                 self.output.print_row({'run': run} | row)
 
         options = dict(self.faster)
-        if self.is_joint:
+        if is_joint(self.recipe):
             checkpoints = self.folder / 'checkpoints' / f'{run:05}'
             checkpoints.mkdir(parents=True, exist_ok=True)
             options['checkpoints'] = checkpoints
         seed = self.config['seed'] + run
         net, record = self.recipe.train(*self.loaders, self.hyp, seed, on_epoch, **options)
-        if self.is_joint and not is_first_process():
+        if is_joint(self.recipe) and not is_first_process():
             return
         record |= self.count_costs(record) | self.about
         try:
             self.write_run(run, net, record)
         finally:
             self.print_result(run, record)
-        if self.is_joint:
+        if is_joint(self.recipe):
             shutil.rmtree(checkpoints)
         self.output.check()
 
@@ -267,7 +264,7 @@ class Command:
         self.output.print(f'{missing} of {wanted} runs to make; log in {self.folder}')
 
     def make_runs(self, wanted):
-        if self.is_joint:
+        if is_joint(self.recipe):
             runs.make_runs_together(self.folder, self.config['seed'], wanted, self.make_run)
         else:
             runs.make_runs(self.folder, wanted, self.make_run)
@@ -275,9 +272,9 @@ class Command:
     def make_missing_runs(self, wanted):
         """Make the runs that are missing, with a warm-up where that is useful."""
         missing = wanted
-        if is_first_process() or not self.is_joint:
+        if is_first_process() or not is_joint(self.recipe):
             missing = runs.count_missing(self.read_records(), wanted)
-        if self.is_joint:
+        if is_joint(self.recipe):
             missing = runs.gather(missing)[0]
         if is_first_process():
             self.print_start(wanted, missing)
@@ -313,13 +310,13 @@ class Command:
     def run(self, wanted):
         """Make `wanted` runs and return the exit code."""
         opened = nullcontext()
-        if self.is_joint:
+        if is_joint(self.recipe):
             opened = runs.open_log_together(self.folder, self.config)
         else:
             runs.open_log(self.folder, self.config)
         with opened:
             self.make_missing_runs(wanted)
-            if self.is_joint and not is_first_process():
+            if is_joint(self.recipe) and not is_first_process():
                 return 0
             if runs.count_missing(self.read_records(), wanted) > 0:
                 print('other processes are making the last runs; if they are lost, ', end='')
@@ -337,7 +334,7 @@ def prepare(args, recipe, device, dtype):
     train_loader = loaders[0]
     options = {'compiles': args.compile, 'kernels': args.kernels}
     faster = make_faster(recipe, train_loader, hyp, **options)
-    if hasattr(recipe, 'join_ranks'):
+    if is_joint(recipe):
         join_ranks(recipe, device)
     config = {
         'script': Path(recipe.__file__).name,
@@ -351,7 +348,7 @@ def prepare(args, recipe, device, dtype):
     about = describe_machine(device)
     functions = [train_loader.augment, *faster.values()]
     about['kernels'] = 'Triton' if any(map(is_kernel, functions)) else 'torch'
-    if hasattr(recipe, 'join_ranks'):
+    if is_joint(recipe):
         about['ranks'] = process_count()
     folder = Path(args.out) if args.out else runs.new_folder(Path(recipe.__file__).stem)
     return Command(

@@ -362,7 +362,7 @@ def test_without_the_folder_kernels_compiling_is_an_error(quick, folder, monkeyp
     monkeypatch.setitem(sys.modules, 'kernels', None)
     assert refuse(*RUN, '--data', folder, '--compile', *TINY).startswith('--compile: ')
     line = refuse(*RUN, '--data', folder, '--kernels', 'on', *TINY)
-    assert line.startswith('--kernels on needs a GPU, Triton, ')
+    assert line.startswith('--kernels on needs a GPU, Triton, kernels/')
     assert 'flip_crop, the Triton kernel, is not used: ' in capsys.readouterr().out
     assert call(*RUN, '--data', folder, *TINY) == 0  # a CPU does not need them
 
@@ -386,7 +386,7 @@ def test_an_edited_augmentation_is_not_replaced(tmp_path, folder, capsys):
     source = edit(RECIPE.read_text(), ('width - 1 - x, x)', 'x, width - 1 - x)'))
     (tmp_path / 'mirrored.py').write_text(source)
     args = [tmp_path / 'mirrored.py', '--data', folder, *TINY, '--out', tmp_path / 'log']
-    assert '--kernels on needs a GPU, Triton, and ' in refuse('run', *args, '--kernels', 'on')
+    assert '--kernels on needs a GPU, Triton, kernels/' in refuse('run', *args, '--kernels', 'on')
     assert 'flip_crop, the Triton kernel, is not used: ' in capsys.readouterr().out
 
 
