@@ -10,7 +10,8 @@ directions with 99% of the variance, and then the pairs of directions, one from 
 correlate most. The mean of these correlations is 1 if the layers are linear images of each other.
 We Fourier-transform the maps of a convolution, compare them frequency by frequency, and take the
 mean. If two layers' maps have different sizes, we compare the lowest frequencies, which both have.
-A linear layer has no maps, so we compare it with the means of the other layer's maps.
+A linear layer has no maps, so we compare it with the means of the other layer's maps. Even noise
+is a little similar: 0.15 with 30 images per direction, 0.4 with 4; with fewer than 3 we refuse.
 
 The study trains pairs of networks from different initial weights. It compares the two after
 training, and one of them with itself before training. --scale paper trains VGG-16 at full width on

@@ -1,4 +1,4 @@
-"""Curves, SVCCA, warmup and distillation against what is known or made by hand."""
+"""Curves, SVCCA, warmup and distillation, compared with what is known or done by hand."""
 
 import numpy as np
 import pytest
@@ -9,20 +9,26 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import airbench94
+from lab.data import load_set
+from lab.errors import UserError
+from lab.networks import save_network
+from lab.options import override
 from studies import common, connectivity, distill, modes, networks, restarts, svcca, warmup
 
 CPU = {'device': 'cpu', 'dtype': torch.float32}
+DIGITS = load_set('digits', airbench94)
 
 
-def digits(train=True, batch_size=20, n=100):
-    loader = airbench94.CifarLoader('digits', train, batch_size, **CPU)
-    return common.first_images(loader, n)
+def make_place(folder, study, net):
+    smoke = study.SCALES['smoke'] | {'net': net, 'files': []}
+    return common.Place(smoke, folder, DIGITS, **CPU)
 
 
-def make_place(folder, study, net, **settings):
-    loaders = [airbench94.CifarLoader('digits', train, 100, **CPU) for train in (True, False)]
-    smoke = study.SCALES['smoke'] | {'net': net, 'files': []} | settings
-    return common.Place(smoke, folder, *loaders)
+def digits(train=True, n=100):
+    """A loader of n digits, in batches of 20."""
+    images, labels = DIGITS.train if train else DIGITS.test
+    options = {'train': train, 'mean': DIGITS.mean, 'std': DIGITS.std} | CPU
+    return airbench94.CifarLoader(images[:n], labels[:n], 20, **options)
 
 
 #### Networks ####
@@ -33,14 +39,14 @@ def make_place(folder, study, net, **settings):
     [('vgg16', 16, 15_245_130), ('vgg16-bn', 16, 15_253_578), ('vgg11', 11, 9_750_922),
      ('resnet18', 21, 11_173_962), ('resnet32', 34, 466_906)],
 )  # fmt: skip
-def test_networks_are_those_of_the_papers(name, layers, parameters):
+def test_networks_are_like_the_papers(name, layers, parameters):
     net = modes.make_network(name, digits(), share=1.0, seed=0)
     assert sum(p.numel() for p in net.parameters()) == parameters
     assert len(svcca.layers_of(net)) == layers
     assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_initial_weights_have_the_variance_that_is_asked_for():
+def test_initial_weights_have_the_given_variance():
     for variance in (2.0, 6.0):
         net = networks.make_vgg(16, share=0.5, variance=variance, seed=0, **CPU)
         layer = net[0][10]
@@ -52,7 +58,7 @@ def test_initial_weights_have_the_variance_that_is_asked_for():
     assert torch.equal(again[0][10].weight, layer.weight)
 
 
-def test_airbenchs_network_is_whitened():
+def test_airbenchs_network_gets_whitened():
     loader = digits()
     net = modes.make_network('airbench', loader, share=0.125, seed=0)
     first = net[0].weight
@@ -89,10 +95,10 @@ def test_rates_of_step_decay_and_of_restarts():
     assert rates[50 * 4] == pytest.approx((0.05 + 1e-6) / 2) and rates[-21] < 1e-4
 
 
-def test_a_training_that_diverges_is_told():
+def test_training_that_diverges_is_a_mistake():
     net = networks.make_vgg(11, share=0.0625, seed=0, **CPU)
     optimizer = torch.optim.SGD(net.parameters(), 1e12)
-    with pytest.raises(common.UserError, match='diverges: the loss is nan'):
+    with pytest.raises(UserError, match='diverges: the loss is nan'):
         modes.train(net, digits(), optimizer, LambdaLR(optimizer, lambda step: 1), 2)
 
 
@@ -131,11 +137,10 @@ def test_a_curves_ends_are_its_networks_and_a_middle_bend_is_the_segment(kind):
 @pytest.mark.parametrize('kind', modes.KINDS)
 def test_training_a_curve_lowers_its_barrier_and_leaves_its_ends(kind):
     loader = digits(n=200)
-    loader.aug = loader.aug | {'flip': False, 'translate': 0}
     net = small_net()
     optimizer = torch.optim.SGD(net.parameters(), 0.02, momentum=0.9)
     modes.train(net, loader, optimizer, LambdaLR(optimizer, modes.step_decay(10, 60)), 60)
-    # The same network, of which the hidden units are in another order.
+    # The same network, with its hidden units in another order.
     first = modes.parameters_of(net)
     last = {name: p.roll(3, dims=0) for name, p in first.items()}
     last['3.weight'] = first['3.weight'].roll(3, dims=1)
@@ -165,13 +170,13 @@ def test_a_point_is_measured_with_its_own_statistics(tmp_path):
     assert modes.measure(net, weights, *loaders) == before
 
 
-def test_given_networks_are_joined(tmp_path):
-    hyp = airbench94.override(airbench94.hyp, [f'net.widths.block{i}=8' for i in (1, 2, 3)])
+def test_given_networks_are_joined(tmp_path, folder, capsys):
+    hyp = override(airbench94.hyp, [f'net.widths.block{i}=8' for i in (1, 2, 3)])
     files = []
     for seed in (0, 1):
         net = airbench94.make_net(hyp, 10, seed=seed, **CPU)
         files.append(str(tmp_path / f'{seed}.pt'))
-        airbench94.save_network(tmp_path / f'{seed}.pt', net, hyp, digits())
+        save_network(tmp_path / f'{seed}.pt', net, airbench94, hyp, DIGITS)
     out = tmp_path / 'out'
     call = [*files, '--scale', 'smoke', '--data', 'digits', '--device', 'cpu', '--out', str(out)]
     assert common.run_study(connectivity.STUDY, call) == 0
@@ -179,6 +184,11 @@ def test_given_networks_are_joined(tmp_path):
     assert {record['cell']['pair'] for record in curves} == {'AB'} and len(curves) == 2
     assert common.run_study(svcca.STUDY, [*call[:-1], str(tmp_path / 'alike')]) == 0
     assert (tmp_path / 'alike' / 'svcca.png').stat().st_size > 10_000
+    call = ['--out', str(tmp_path / 'other'), '--data', str(folder), '--device', 'cpu', *files]
+    assert common.run_study(connectivity.STUDY, call) == 2
+    assert 'its classes are not those of the set' in capsys.readouterr().err
+    assert common.run_study(connectivity.STUDY, call[:-1]) == 2
+    assert '1 networks: give all of A, B, or none' in capsys.readouterr().err
 
 
 def test_barriers_are_means_of_each_seeds_pairs():
@@ -245,7 +255,7 @@ def test_directions_have_99_percent_of_the_variance():
 def test_frequencies_of_small_maps_are_among_those_of_large_ones(size):
     found = svcca.frequencies(size)
     assert set(found) <= set(svcca.frequencies(2 * size)) & set(svcca.frequencies(2 * size + 1))
-    # With their conjugates, they are all that there are.
+    # With their conjugates, these are all frequencies.
     every = {(a % size, b % size) for a, b in found} | {(-a % size, -b % size) for a, b in found}
     assert len(every) == size**2
 
@@ -260,6 +270,14 @@ def test_layers_of_different_sizes_are_compared_by_their_lowest_frequencies():
     assert alike(torch.fft.ifft2(small).real, maps) == pytest.approx(1, abs=1e-6)
     means = maps.mean((2, 3))
     assert alike(means, maps) == pytest.approx(1, abs=1e-6)
+
+
+def test_svcca_refuses_few_images():
+    torch.manual_seed(6)
+    for shape in ((20, 64), (1, 64), (20, 64, 4, 4)):
+        with pytest.raises(UserError, match='SVCCA needs at least 3 times as many'):
+            svcca.Layer(torch.randn(shape))
+    svcca.Layer(torch.randn(200, 64))
 
 
 #### Warmup ####
@@ -311,18 +329,22 @@ def test_distillations_gradient_does_not_shrink_with_the_temperature():
         loss = distill.distillation(teacher, temperature)(nn.Identity(), logits, None)
         loss.backward()
         gradients.append(logits.grad)
-    # At a high temperature it is (logits - teacher's) / (N classes), whatever the temperature.
+    # At high temperatures it is (logits - teacher's logits) / (images * classes).
     centred = noise - noise.mean(1, keepdim=True)
     assert torch.allclose(gradients[1], -centred / (200 * 10), rtol=0.2, atol=1e-6)
     norms = [gradient.norm().item() for gradient in gradients]
     assert norms[0] == pytest.approx(norms[1], rel=0.1)
 
 
-def test_a_student_of_itself_has_no_loss_and_that_of_labels_is_cross_entropy():
+def test_a_student_like_its_teacher_has_no_loss_and_a_sure_teacher_is_like_labels():
     logits, labels = torch.randn(30, 10), torch.arange(30) % 10
     loss = distill.distillation(nn.Identity(), 5.0)
     assert loss(nn.Identity(), logits, labels).item() == pytest.approx(0, abs=1e-6)
-    # Of a teacher that is sure, at temperature 1, it is that of labels.
-    sure = distill.distillation(lambda x: 1e4 * F.one_hot(labels, 10).float(), 1.0)
+
+    def sure_teacher(inputs):
+        return 1e4 * F.one_hot(labels, 10).float()
+
+    # With a teacher that is sure, at temperature 1, it is the labels' cross-entropy.
+    loss = distill.distillation(sure_teacher, 1.0)
     expected = F.cross_entropy(logits, labels).item()
-    assert sure(nn.Identity(), logits, labels).item() == pytest.approx(expected, rel=1e-4)
+    assert loss(nn.Identity(), logits, labels).item() == pytest.approx(expected, rel=1e-4)
