@@ -154,7 +154,7 @@ def digits_hyp():
     return settings
 
 
-FASTER_ON_A_CPU = 'records/record94.py takes half the time, --data digits two minutes.'
+FASTER_ON_A_CPU = 'records/record94.py takes a third of the time, --data digits a minute.'
 
 #### Data ##########################################################################################
 
