@@ -82,6 +82,14 @@ def check_split(file, content):
     if not isinstance(classes, list) or labels.min() < 0 or labels.max() >= len(classes):
         found = f'labels from {labels.min()} to {labels.max()}, and for classes {classes}'
         raise UserError(f'{file}: has {found}; {FORMAT}')
+    check_class_count(file, classes)
+
+
+def check_class_count(source, classes):
+    """Raise UserError if there is nothing to tell apart."""
+    if len(classes) < 2:
+        hint = 'perhaps there is a folder too many above the classes'
+        raise UserError(f'{source}: has a single class, {classes[0]}; {hint}')
 
 
 def read_split(file):
@@ -213,6 +221,7 @@ def check_classes(source, splits):
     for name, missing in (('train', test - train), ('test', train - test)):
         if missing:
             raise UserError(f'{source}: {name} lacks the class {min(missing)}')
+    check_class_count(source, splits['train']['classes'])
 
 
 def make_set(source, dest):

@@ -201,6 +201,10 @@ def number_of_classes(content):
     return content | {'classes': 10}
 
 
+def a_single_class(content):
+    return content | {'classes': ['cat'], 'labels': 0 * content['labels']}
+
+
 def other_classes(content):
     return content | {'classes': list('0123456789')}
 
@@ -224,6 +228,7 @@ def other_classes(content):
         (numpy_images, 'is damaged, or holds other things than tensors; '),
         (fewer_images, 'there are 199 images and 200 labels'),
         (no_images, 'there are 0 images and 0 labels'),
+        (a_single_class, 'has a single class, cat; '),
         (other_classes, 'training and test set have different classes'),
     ],
 )
@@ -236,7 +241,9 @@ def test_a_wrong_set_gets_one_line(change, found, tmp_path):
     assert found in line
     if change is not other_classes:
         assert line.startswith(f'{tmp_path / "test.pt"}: ')
-    if found.endswith(('; ', ', ')):  # then it says what is expected
+    if change is not a_single_class and found.endswith(
+        ('; ', ', ')
+    ):  # then it says what is expected
         assert FORMAT in line
 
 
@@ -358,6 +365,9 @@ def test_what_is_no_folder_of_pictures_gets_one_line(pictures, tmp_path):
     broken.write_bytes(whole)
     shutil.move(pictures / 'test' / 'dog', tmp_path / 'dog')
     assert refuse('data', pictures, dest) == f'{pictures}: test lacks the class dog'
+    shutil.move(pictures / 'train' / 'dog', tmp_path / 'train-dog')
+    assert refuse('data', pictures, dest).startswith(f'{pictures}: has a single class, cat; ')
+    shutil.move(tmp_path / 'train-dog', pictures / 'train' / 'dog')
     (pictures / 'test' / 'dog').mkdir()
     assert refuse('data', pictures, dest).startswith(f'{pictures}: cannot be read: ')
     shutil.rmtree(pictures / 'test')
