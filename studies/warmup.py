@@ -1,4 +1,4 @@
-"""What warmup of the learning rate does, and freezing the head instead (Gotmare et al. 2019, 4).
+"""What warmup does, and freezing the head instead (Gotmare et al. 2019, section 4).
 
     python -m studies.warmup                                # 15 minutes on two CPU cores
     torchrun --nproc_per_node=8 -m studies.warmup --net resnet18 --scale paper --data cifar10
