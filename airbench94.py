@@ -303,7 +303,7 @@ class CifarLoader:
     ):
         self.device = torch.device(device)
         self.dtype = dtype
-        self.images = images.to(device)
+        self.images = images.to(device).contiguous()  # torchvision's are not
         self.labels = labels.to(device)
         self.num_classes = int(labels.max()) + 1
         self.batch_size = batch_size

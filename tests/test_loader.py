@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN_SET, make_loaders
+from conftest import TRAIN_SET, make_loaders, random_set
 
 from airbench94 import CIFAR_MEAN, CIFAR_STD, CifarLoader, augment
 
@@ -272,3 +272,12 @@ def test_images_that_do_not_fill_a_batch_are_an_error():
     loader = make_loader(batch_size=201)
     with pytest.raises(ValueError, match='200 images are less than a batch of 201'):
         len(loader)
+
+
+def test_images_lie_in_memory_pixel_by_pixel():
+    """Otherwise each batch would copy the whole set, as with the transposed one of torchvision."""
+    images, labels = random_set(8)
+    transposed = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert not transposed.is_contiguous()
+    loader = CifarLoader(transposed, labels, device='cpu', dtype=torch.float32)
+    assert loader.images.is_contiguous() and torch.equal(loader.images, images)
