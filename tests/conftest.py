@@ -1,4 +1,4 @@
-"""What the tests share: random images, a narrow network's settings, and ways to call the programs."""
+"""What the tests share: random images, settings of a narrow network, and ways to call programs."""
 
 import json
 import multiprocessing
