@@ -126,7 +126,7 @@ hyp = {
         'translate': 2,             # largest shift, in pixels
         'cutout': 0,                # side of a blank square, in pixels; 0: none
     },
-    'net': {                        # as in records/94.py
+    'net': {                        # as in records/record94.py
         'widths': {
             'block1': 64,
             'block2': 256,

@@ -8,7 +8,6 @@
 `python -m lab COMMAND --help` says more about each.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -16,26 +15,13 @@ from pathlib import Path
 import torch
 
 from lab.data import make_set
-from lab.errors import UserError, report_errors
+from lab.errors import Parser, UserError, report_errors
 from lab.machine import DTYPES, pick_device, pick_dtype, process_count
 from lab.networks import print_predictions
 from lab.options import flat, nearest_keys
 from lab.recipes import load_recipe
 from lab.summary import report
 from lab.training import evaluate_saved, train_runs
-
-
-class Parser(argparse.ArgumentParser):
-    """Shows a description as it is, and raises UserError for a wrong call."""
-
-    def __init__(self, command, description):
-        formatter = argparse.RawDescriptionHelpFormatter
-        prog = f'python -m lab {command}'
-        super().__init__(prog, description=description, formatter_class=formatter)
-
-    def error(self, message):
-        raise UserError(f'{message}; see {self.prog} --help')
-
 
 #### run ###########################################################################################
 
@@ -50,7 +36,7 @@ missing. `python -m lab run RECIPE --help` lists the recipe's hyperparameters.
 
 
 def run_parser():
-    parser = Parser('run', RUN)
+    parser = Parser('python -m lab run', RUN)
     add = parser.add_argument
     add('recipe', metavar='RECIPE', help='a Python file like airbench94.py, from any folder')
     add('--runs', type=int, help='how many (default: 25, or 1 on a CPU)')
@@ -124,7 +110,7 @@ augmentation; failed runs have none, and are only counted.
 
 
 def report_logs(argv):
-    parser = Parser('report', REPORT)
+    parser = Parser('python -m lab report', REPORT)
     log_help = 'a log.json, or the folder of a log'
     parser.add_argument('logs', nargs='+', type=Path, metavar='LOG', help=log_help)
     parser.add_argument('--plot', metavar='FILE', help='draw a histogram: .png, .svg or .pdf')
@@ -146,7 +132,7 @@ Pictures become 32 x 32 pixels.
 
 
 def make_data(argv):
-    parser = Parser('data', DATA)
+    parser = Parser('python -m lab data', DATA)
     source_help = 'cifar10, cifar100, svhn, or a folder of pictures'
     parser.add_argument('source', metavar='SOURCE', help=source_help)
     parser.add_argument('dest', nargs='?', metavar='DEST', help='a folder, for the images')
@@ -170,7 +156,7 @@ PREDICT = """Print the three most probable classes for each picture.
 
 
 def predict(argv):
-    parser = Parser('predict', PREDICT)
+    parser = Parser('python -m lab predict', PREDICT)
     parser.add_argument('network', metavar='SAVED', help='a network that --save kept')
     parser.add_argument('pictures', nargs='+', metavar='PICTURE', help='a picture, of any size')
     args = parser.parse_args(argv)

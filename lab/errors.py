@@ -1,5 +1,6 @@
 """A user's mistakes, and how a program reports them."""
 
+import argparse
 import os
 import sys
 import traceback
@@ -10,6 +11,17 @@ import torch
 
 class UserError(ValueError):
     """An error that the user can fix. Its text is one line that says what is wrong."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows a description as it is, and raises UserError for a wrong call."""
+
+    def __init__(self, prog, description):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=formatter)
+
+    def error(self, message):
+        raise UserError(f'{message}; see {self.prog} --help')
 
 
 def first_lines(error):

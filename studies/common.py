@@ -5,7 +5,6 @@ with different seeds. Each network's record is a JSON file in OUT/cells, and OUT
 all of them. Either of the two is enough for the tables and pictures.
 """
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -25,23 +24,11 @@ from tqdm import tqdm
 import airbench94
 from lab import networks
 from lab.data import ImageSet, load_set, progress
-from lab.errors import UserError, report_errors
+from lab.errors import Parser, UserError, report_errors
 from lab.machine import DTYPES, describe_machine, is_first_process, pick_device, pick_dtype
 from lab.options import override
 from lab.runs import open_log, write_json
 from lab.summary import save_figure
-
-
-class Parser(argparse.ArgumentParser):
-    """Shows a study's docstring as it is, and raises UserError for a wrong call."""
-
-    def __init__(self, prog, description):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, description=description, formatter_class=formatter)
-
-    def error(self, message):
-        raise UserError(f'{message}; see --help')
-
 
 #### Training ######################################################################################
 

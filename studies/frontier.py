@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lab.errors import UserError, report_errors
+from lab.errors import Parser, UserError, report_errors
 from lab.summary import new_figure, read_log
-from studies.common import COLOURS, Parser, save_both
+from studies.common import COLOURS, save_both
 
 # (name, accuracy with TTA in percent, PFLOP) of CIFAR-10 trainings.
 PAPER = [  # Jordan 2024, abstract

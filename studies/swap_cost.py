@@ -34,11 +34,10 @@ import numpy as np
 import torch
 
 import swap94
-from lab.errors import UserError, report_errors
+from lab.errors import Parser, UserError, report_errors
 from lab.flops import evaluated_images, flop_of_steps, flop_per_image
 from lab.options import override
 from lab.summary import new_figure, save_figure
-from studies.common import Parser
 from studies.swap import METHODS
 
 GPUS = [1, 2, 4, 8, 16, 32, 64]
