@@ -11,9 +11,8 @@
 
 The recipe is Keller Jordan's, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024), "the paper"
 below: https://arxiv.org/abs/2404.00498. Published: 94.01% (n=1000), 3.83 A100-seconds a run.
-Measured: 94.00% (n=10), 2.54 seconds a run, in fp16 on an H200 with torch 2.11; 93.995% (n=4, one
-of them compiled), 3828 seconds, in fp32 on two cores of an AMD EPYC with torch 2.14.1. README.md
-links the logs.
+Measured: 94.00% (n=10), 2.54 seconds a run, in fp16 on an H200 with torch 2.11; 94.05% (n=3), 3798
+seconds a run, in fp32 on two cores of an AMD EPYC with torch 2.14.1. README.md links the logs.
 
 To change the recipe, edit `hyp` or the code. `python -m lab run airbench94.py opt.lr=9` changes it
 from the command line, shares many runs among many GPUs, and trains on your own images.
@@ -130,12 +129,13 @@ def load_cifar10(folder, train):
     """
     try:
         return read_cifar10(folder, train)
-    except RuntimeError:  # this is how torchvision says that files are missing or damaged
+    except RuntimeError:
         download_cifar10(folder)
     return read_cifar10(folder, train)
 
 
 def read_cifar10(folder, train):
+    """What load_cifar10 returns. Raises RuntimeError if files are missing or damaged."""
     from_npm = Path(folder, 'cifar10.pt')
     if from_npm.exists():
         return torch.load(from_npm, weights_only=True)['train' if train else 'test']
@@ -810,8 +810,9 @@ def progress(items, what, total=None):
 
 
 def by_dtype(tensors):
-    """One list of tensors per dtype. torch._foreach is slow on mixed lists, and torch 2.9 and 2.10
-    copy them wrongly.
+    """One list of tensors per dtype.
+
+    torch._foreach is slow on lists of mixed dtypes, and torch 2.9 and 2.10 copy them wrongly.
     """
     lists = {}
     for tensor in tensors:

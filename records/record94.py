@@ -136,12 +136,13 @@ def load_cifar10(folder, train):
     """
     try:
         return read_cifar10(folder, train)
-    except RuntimeError:  # this is how torchvision says that files are missing or damaged
+    except RuntimeError:
         download_cifar10(folder)
     return read_cifar10(folder, train)
 
 
 def read_cifar10(folder, train):
+    """What load_cifar10 returns. Raises RuntimeError if files are missing or damaged."""
     from_npm = Path(folder, 'cifar10.pt')
     if from_npm.exists():
         return torch.load(from_npm, weights_only=True)['train' if train else 'test']
@@ -1010,8 +1011,9 @@ def progress(items, what, total=None):
 
 
 def by_dtype(tensors):
-    """One list of tensors per dtype. torch._foreach is slow on mixed lists, and torch 2.9 and 2.10
-    copy them wrongly.
+    """One list of tensors per dtype.
+
+    torch._foreach is slow on lists of mixed dtypes, and torch 2.9 and 2.10 copy them wrongly.
     """
     lists = {}
     for tensor in tensors:
