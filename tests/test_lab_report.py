@@ -169,11 +169,17 @@ def test_a_folder_may_have_a_log_alone(write, show, tmp_path):
 @pytest.mark.parametrize('path', KEPT, ids=lambda path: path.stem)
 def test_kept_logs_are_read_and_have_the_statistics_that_they_state(path):
     log = read_log(path)
-    stated = json.loads(path.read_text())['summary']
+    content = json.loads(path.read_text())
+    dtypes = {'h200': 'float16', 'bfloat16': 'bfloat16'}
+    assert log.dtype == dtypes.get(path.stem.split('-')[-1], 'float32')
+    assert log.device
+    if 'summary' not in content:  # a recipe's own log
+        assert len(log.accuracies) == len(content['runs'])
+        return
+    stated = content['summary']
     assert len(log.accuracies) == stated['n'] and log.failed == stated['failed']
     assert log.accuracies.mean() == pytest.approx(stated['mean'])
-    assert log.pflop > 0 and log.device
-    assert log.dtype == ('float16' if path.stem.endswith('h200') else 'float32')
+    assert log.pflop > 0
     if stated['n'] > 1:
         interval, p_value = summary.interval_and_p(log.accuracies, log.target)
         assert log.accuracies.std(ddof=1) == pytest.approx(stated['std'])
