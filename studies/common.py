@@ -150,7 +150,7 @@ def cell_file(folder, cell, seed):
     return folder / 'cells' / f'{settings}-seed={seed}.json'
 
 
-def read_json(file):
+def read_record(file):
     """What a file holds. Raises UserError if it is damaged."""
     try:
         return json.loads(file.read_text())
@@ -160,7 +160,7 @@ def read_json(file):
 
 def read_cells(folder):
     """The existing records, with their 'cell' and 'seed'. Raises UserError for a damaged one."""
-    return [read_json(file) for file in sorted((folder / 'cells').glob('*.json'))]
+    return [read_record(file) for file in sorted((folder / 'cells').glob('*.json'))]
 
 
 def read_study(folder):
@@ -169,12 +169,12 @@ def read_study(folder):
     Raises UserError if the folder has neither.
     """
     if not (folder / 'cells').is_dir() and (folder / 'study.json').exists():
-        config = read_json(folder / 'study.json')
+        config = read_record(folder / 'study.json')
         return config, config.pop('records')
     records = read_cells(folder)
     if not records:
         raise UserError(f'{folder}: holds no records of a study; choose another --out')
-    config = read_json(folder / 'config.json')
+    config = read_record(folder / 'config.json')
     write_json(folder / 'study.json', config | {'records': records})
     return config, records
 
@@ -318,7 +318,7 @@ def mean_and_interval(values):
 
 
 def paired_p(larger, smaller):
-    """p of "the mean of `larger` is not larger than that of `smaller`", from a paired t-test.
+    """One-sided p that `larger` has the larger mean, from a paired t-test.
 
     Both are in the same order; `smaller` may be a number. NaN for one pair, and 0 or 1 if all
     differences are equal.

@@ -43,6 +43,7 @@ from studies.common import (
 )
 from studies.modes import (
     KINDS,
+    NETS,
     WEIGHT_DECAY,
     barrier,
     linear_decay,
@@ -62,7 +63,6 @@ from studies.modes import (
     vector_of,
 )
 
-OF_NETS = ['vgg16-bn', 'vgg16', 'airbench']
 SCALES = {
     'paper': {
         'images': None,  # of the training set: all
@@ -260,7 +260,7 @@ def print_table(records, pairs):
             print(f'{kind}: the barrier of {what} is lower on {lower} of {len(curve)} curves')
             segment, curve = [mean_barriers(records, key, at, kind) for at in (0, -1)]
             p = paired_p(segment, curve)
-            print(f'  it is not lower in the mean of the pairs, n={len(segment)}: p={p:.2g}')
+            print(f'  lower in the mean of the pairs, n={len(segment)}: one-sided p={p:.2g}')
 
 
 def draw_curves(records, pairs, points, stem):
@@ -312,7 +312,7 @@ def show(config, records, folder):
 
 
 STUDY = Study(
-    'connectivity', __doc__, {net: SCALES for net in OF_NETS}, plan, train_part, show, files=GIVEN
+    'connectivity', __doc__, dict.fromkeys(NETS, SCALES), plan, train_part, show, files=GIVEN
 )
 
 if __name__ == '__main__':

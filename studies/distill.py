@@ -35,7 +35,7 @@ from studies.common import (
     save_both,
     two_whole_seeds,
 )
-from studies.modes import cross_entropy, loaders_of, make_network, train_by_steps
+from studies.modes import NETS, cross_entropy, loaders_of, make_network, train_by_steps
 from studies.networks import make_student
 from studies.svcca import compared_images, draw_matrices, observe, similarities
 
@@ -144,15 +144,15 @@ def print_table(records):
     mean, half = mean_and_interval([100 * record['teacher_acc'] for record in records])
     print(f'teacher {"":16} {mean:6.2f} +-{half:5.2f}')
     p = paired_p(accuracies['teacher'], accuracies['labels'])
-    print(f'the teacher does not help: p={p:.2g}')
+    print(f'teacher better than labels: one-sided p={p:.2g}')
     gains = gains_of(records)
-    print("\nhow much more alike to the teacher's layers distillation makes each layer:")
+    print("\nsimilarity to the teacher's layers gained by distillation, by layer:")
     for i, values in enumerate(gains.T, 1):
         mean, half = mean_and_interval(values)
         print(f'  layer {i}: {mean:+.3f} +-{half:.3f}')
     shallow, deep = gains[:, :2].mean(1), gains[:, 2:].mean(1)
     p = paired_p(deep, shallow)
-    print(f'it does not make the three deep layers more alike than the convolutions: p={p:.2g}')
+    print(f'the linear layers gain more than the convolutions: one-sided p={p:.2g}')
 
 
 def draw_gains(records, stem):
@@ -179,14 +179,7 @@ def show(config, records, folder):
     draw_gains(records, folder / 'gains')
 
 
-STUDY = Study(
-    'distill',
-    __doc__,
-    {net: SCALES for net in ('vgg16-bn', 'vgg16', 'airbench')},
-    plan,
-    train_cell,
-    show,
-)
+STUDY = Study('distill', __doc__, dict.fromkeys(NETS, SCALES), plan, train_cell, show)
 
 if __name__ == '__main__':
     sys.exit(run_study(STUDY))

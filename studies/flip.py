@@ -233,7 +233,7 @@ def print_table(records):
     n = len({record['seed'] for record in records})
     kinds = ''.join(f'{flip:>16}' for flip in FLIPS)
     print(f'accuracy in %, n={n}, with the 95% interval of its mean')
-    print('p: of "alternating is not better than random"')
+    print('one-sided p that alternating flip is better than random flip')
     print(f'epochs cutout TTA{kinds}       p speedup (95%)')
     for cutout in settings_of(records, 'cutout'):
         for key in ('val_acc', 'tta_val_acc'):
@@ -274,7 +274,7 @@ def print_reshuffling(records):
         print(row)
     gain, half = mean_and_interval(gains)
     p = paired_p(gains, 0)
-    print(f'reshuffling over drawing: {gain:+.2f} +-{half:.2f}, p={p:.2g}')
+    print(f'reshuffling over drawing: {gain:+.2f} +-{half:.2f}, one-sided p={p:.2g}')
     print('of the paper (Table 1):       93.40 and 93.48, drawn with replacement; 93.92 and 94.01')
 
 

@@ -192,7 +192,7 @@ def print_networks(records):
         ours = accuracies['SWAP', 'val_acc']
         for name in ('LB', 'SGD1', 'SGD2', 'SGD3'):
             p = paired_p(ours, accuracies[name, 'val_acc'])
-            print(f'  SWAP is not better than {name} on test images: p={p:.2g}')
+            print(f'  SWAP better than {name} on test images: one-sided p={p:.2g}')
 
 
 def print_barriers(records):
@@ -205,7 +205,7 @@ def print_barriers(records):
             print(f'barrier of {part} on {what}: {mean:6.2f} +-{half:5.2f} percentage points')
         same, other = barriers
         p = paired_p(other, same)
-        print(f'  it is not lower from the same start: p={p:.2g}')
+        print(f'  barrier lower from the same start: one-sided p={p:.2g}')
 
 
 def draw_segments(records, stem):

@@ -20,6 +20,8 @@ from studies.networks import make_resnet, make_vgg
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # section 7.1
 STATISTICS = {'images': 10_000, 'batch_size': 500}  # for BatchNorm's, at a point of a curve
 
+NETS = ('vgg16-bn', 'vgg16', 'airbench')  # that most studies of heuristics offer with --net
+
 #### Networks ######################################################################################
 
 
@@ -28,8 +30,8 @@ def make_airbench(num_classes, *, share, seed, device, dtype):
     widths = airbench94.hyp['net']['widths']
     own = [f'net.widths.{name}={max(1, round(share * w))}' for name, w in widths.items()]
     hyp = override(airbench94.hyp, own)
-    kind = torch.float32 if dtype == torch.float32 else torch.bfloat16
-    return airbench94.make_net(hyp, num_classes, seed=seed, device=device, dtype=kind)
+    compute_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    return airbench94.make_net(hyp, num_classes, seed=seed, device=device, dtype=compute_dtype)
 
 
 def make_network(name, loader, share, seed, variance=2.0):

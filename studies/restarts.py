@@ -38,6 +38,7 @@ from studies.common import (
     save_both,
 )
 from studies.modes import (
+    NETS,
     barrier,
     dropping,
     loaders_of,
@@ -282,7 +283,7 @@ def barriers_of(records, schedule, way):
 
 
 def print_table(records):
-    print('barrier of training loss, with its 95% interval; p of "it is not above 0"')
+    print('barrier of training loss, with its 95% interval; one-sided p that it is above 0')
     print('schedule  epochs        n     segment                 p   trained curve')
     means = {}
     for schedule in SCHEDULES:
@@ -296,7 +297,8 @@ def print_table(records):
             print(f'{row} {mean:9.4f} +-{half:7.4f}')
         means[schedule] = np.mean(list(of_segments.values()), axis=0)
     p = paired_p(means['sgdr'], means['steps'])
-    print(f'means of the segments: SGDR has no higher barriers than step decay, p={p:.2g}')
+    claim = 'SGDR has higher barriers than step decay, mean of the segments'
+    print(f'{claim}: one-sided p={p:.2g}')
     for schedule in SCHEDULES:
         trainings = in_cell(records, part='training', schedule=schedule)
         mean, half = mean_and_interval([100 * max(r['val_acc']) for r in trainings])
@@ -345,14 +347,7 @@ def show(config, records, folder):
     draw_matrices(matrices, folder / 'svcca')
 
 
-STUDY = Study(
-    'restarts',
-    __doc__,
-    {net: SCALES for net in ('vgg16-bn', 'vgg16', 'airbench')},
-    plan,
-    train_part,
-    show,
-)
+STUDY = Study('restarts', __doc__, dict.fromkeys(NETS, SCALES), plan, train_part, show)
 
 if __name__ == '__main__':
     sys.exit(run_study(STUDY))

@@ -30,7 +30,7 @@ from torch import nn
 from lab.errors import UserError
 from lab.summary import new_figure
 from studies.common import Study, mean_and_interval, run_study, save_both
-from studies.modes import loaders_of, make_network, train_by_steps
+from studies.modes import NETS, loaders_of, make_network, train_by_steps
 
 SCALES = {
     'paper': {
@@ -259,15 +259,7 @@ def show(config, records, folder):
     draw_matrices(means, folder / 'svcca')
 
 
-STUDY = Study(
-    'svcca',
-    __doc__,
-    {net: SCALES for net in ('vgg16-bn', 'vgg16', 'airbench')},
-    plan,
-    compare,
-    show,
-    files=GIVEN,
-)
+STUDY = Study('svcca', __doc__, dict.fromkeys(NETS, SCALES), plan, compare, show, files=GIVEN)
 
 if __name__ == '__main__':
     sys.exit(run_study(STUDY))

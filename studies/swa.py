@@ -162,7 +162,7 @@ def accuracies_of(records, way):
 
 def print_table(records):
     n = len(in_cell(records, way='swap'))
-    print(f'accuracy in %, n={n}, with its standard deviation; p of "averaging does not help"')
+    print(f'accuracy in %, n={n}, with its standard deviation; one-sided p that averaging helps')
     print(f'{"":52}  of the paper, CIFAR-100, 8 V100s:')
     print(f'{"":20}  before averaging  after        p seconds   PFLOP', end='')
     print('   before averaging  after     seconds')

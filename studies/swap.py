@@ -1,8 +1,8 @@
 """What the studies of SWAP share: their settings for two networks, and Algorithm 1 step by step."""
 
 import math
-from functools import cache
-from types import ModuleType
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -205,12 +205,22 @@ FUNCTIONS = {
 }
 
 
-@cache  # lab.flops counts the operations of each recipe once
+@dataclass(frozen=True)  # hashable: lab.flops counts the operations of each recipe once
+class Recipe:
+    """What lab.flops uses of a recipe. All but the network and its optimizer are swap94's."""
+
+    make_net: Callable
+    make_optimizer: Callable
+    compute_loss: Callable = swap94.compute_loss
+    phase_settings: Callable = swap94.phase_settings
+    plan_epochs: Callable = swap94.plan_epochs
+    image_size: Callable = swap94.image_size
+
+
 def recipe_of(net):
     """swap94 with one of these networks, as a recipe for lab.flops."""
-    recipe = ModuleType(net)
-    vars(recipe).update(vars(swap94) | FUNCTIONS[net])
-    return recipe
+    functions = FUNCTIONS[net]
+    return Recipe(functions['make_net'], functions['make_optimizer'])
 
 
 #### Algorithm 1 ###################################################################################

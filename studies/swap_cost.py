@@ -13,9 +13,8 @@ all-reduces, and from these assumptions:
 - An all-reduce of n bytes among p GPUs takes 2 log2(p) latencies, and sends 2 (p - 1) / p n bytes
   at each GPU's bandwidth: Rabenseifner's algorithm (Thakur, Rabenseifner and Gropp 2005, section
   4.4). Nothing overlaps with it.
-- The bandwidths are those that vendor or name state, in one direction: 300 GB/s for an A100's
-  NVLink, 12.5 and 1.25 GB/s for 100 and 10 Gbit/s Ethernet. The latencies, 10 and 50 microseconds,
-  are assumed.
+- The bandwidths are the nominal ones, in one direction: 300 GB/s for an A100's NVLink, 12.5 and
+  1.25 GB/s for 100 and 10 Gbit/s Ethernet. The latencies, 10 and 50 microseconds, are assumed.
 - The methods are studies.swap's, for swap94's own network. They reach different accuracies, as
   logs/README.md says: large-batch takes as many steps as SWAP's phase 1, and no more. "small/swap"
   is the seconds of small-batch divided by those of SWAP, which is faster where this is above 1.
@@ -111,9 +110,9 @@ def parts_of(method, gpus):
     workers = hyp['phase2']['workers']
     parts = [Part(steps_of(hyp, 'phase1', gpus), gpus)]
     if workers > 0:
-        of_worker = max(1, gpus // workers)
+        gpus_per_worker = max(1, gpus // workers)
         turns = math.ceil(workers / gpus)
-        parts.append(Part(steps_of(hyp, 'phase2', of_worker), of_worker, turns))
+        parts.append(Part(steps_of(hyp, 'phase2', gpus_per_worker), gpus_per_worker, turns))
         parts.append(Part([0.0], gpus))  # the average
     return parts
 

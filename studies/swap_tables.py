@@ -1,4 +1,6 @@
-"""Small batches, large batches and SWAP (Gupta et al. 2020, Tables 1 and 2, by 5 and 6).
+"""Small batches, large batches and SWAP (Gupta et al. 2020).
+
+Tables 1 and 2, with the settings of Tables 5 and 6.
 
     python -m studies.swap_tables                           # in ten minutes, on two CPU cores
     torchrun --nproc_per_node=8 -m studies.swap_tables --net resnet9 --scale paper --data cifar10
@@ -119,7 +121,9 @@ def print_table(accuracies, costs, published):
             line = f'{line:72} {accuracy:9.2f} +-{deviation:5.2f} {seconds:8}'
         print(line)
     ours = accuracies[ROWS[3]]
-    print('\nSWAP after averaging over the others, with 95% interval, and p of "it is not better":')
+    print(
+        '\nSWAP after averaging over the others, with 95% interval; one-sided p that it is better:'
+    )
     for row in (ROWS[2], ROWS[1], ROWS[0]):
         gain, half = mean_and_interval(ours - accuracies[row])
         p = paired_p(ours, accuracies[row])

@@ -145,7 +145,7 @@ def calibration_error(votes, labels):
 
 
 def p_of_deviation(larger, smaller):
-    """p of "the deviation of `smaller` is not smaller", from the Pitman-Morgan test of pairs."""
+    """One-sided p that `smaller` deviates less, from the Pitman-Morgan test of pairs."""
     if np.allclose(larger, smaller):  # as with TTA for digits, which has no views
         return 1.0
     pairs = scipy.stats.pearsonr(larger + smaller, larger - smaller, alternative='greater')
@@ -153,7 +153,7 @@ def p_of_deviation(larger, smaller):
 
 
 def p_of_calibration(larger, smaller, labels, resamples=200):
-    """p of "the calibration error of `smaller` is not smaller", from a bootstrap over images.
+    """One-sided p that `smaller` has the smaller calibration error, from a bootstrap over images.
 
     larger and smaller are votes, as for `calibration_error`.
     """
@@ -245,7 +245,7 @@ def print_row(cell, kind, row):
 
 
 def print_tests(described, labels):
-    print('\nTTA, p of "it does not lower the deviation", and of "it does not raise the CACE":')
+    print('\nTTA, one-sided p that it lowers the deviation, and that it raises the CACE:')
     for (epochs, width), rows in described.items():
         plain, tta = rows['plain'], rows['tta']
         of_deviation = p_of_deviation(plain['accuracies'], tta['accuracies'])

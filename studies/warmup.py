@@ -181,15 +181,15 @@ def print_table(records, warm_up):
         print(f'{row} {mean:6.3f} +-{half:6.3f}')
     with_warmup, without = [head_similarities(records, name) for name in ('lb-warmup', 'lb')]
     p = paired_p(with_warmup, without)
-    print(f'warmup does not keep the head more alike to its start: p={p:.2g}')
+    print(f'warmup keeps the head more similar to its start: one-sided p={p:.2g}')
     for when, epoch in (('after it', warm_up), ('at the end', -1)):
         frozen, warm, neither = [
             accuracies_at(records, name, epoch) for name in ('lb-frozen', 'lb-warmup', 'lb')
         ]
         gain, half = mean_and_interval(frozen - warm)
         print(f'{when}: freezing over warmup {gain:+.2f} +-{half:.2f} percentage points')
-        print(f'  freezing is not better than neither: p={paired_p(frozen, neither):.2g}')
-        print(f'  warmup is not better than neither: p={paired_p(warm, neither):.2g}')
+        print(f'  freezing better than neither: one-sided p={paired_p(frozen, neither):.2g}')
+        print(f'  warmup better than neither: one-sided p={paired_p(warm, neither):.2g}')
 
 
 def draw_trainings(records, warm_up, stem):

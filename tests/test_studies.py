@@ -395,7 +395,7 @@ def test_a_study_trains_and_shows(name, tmp_path, capsys):
     output = capsys.readouterr().out
     records = common.read_cells(tmp_path)
     made = {common.cell_file(tmp_path, record['cell'], record['seed']) for record in records}
-    settings = common.read_json(tmp_path / 'config.json')['settings']
+    settings = common.read_record(tmp_path / 'config.json')['settings']
     assert made == {common.cell_file(tmp_path, *job) for job in study.plan(settings, records)}
     assert (tmp_path / PICTURES[name]).stat().st_size > 10_000
 
@@ -411,7 +411,7 @@ def test_two_processes_finish_a_study_that_was_killed(name, tmp_path, capsys):
     out = tmp_path / name
     kill_after_the_first(start(name, out, 0), out)
     before = {file: file.read_bytes() for file in out.glob('cells/*.json')}
-    settings = common.read_json(out / 'config.json')['settings']
+    settings = common.read_record(out / 'config.json')['settings']
     assert 0 < len(before) < len(study.plan(settings, []))
 
     both = [start(name, out, rank) for rank in (0, 1)]
@@ -434,7 +434,7 @@ def test_two_processes_finish_a_study_that_was_killed(name, tmp_path, capsys):
 def test_kept_studies_still_give_their_tables(name, tmp_path, capsys):
     kept, out = ROOT / 'logs' / 'studies' / name, tmp_path / name
     shutil.copytree(kept, out)
-    config = common.read_json(kept / 'study.json')
+    config = common.read_record(kept / 'study.json')
     table = show_again(study_of(config['study']), out, capsys)
     lines = [line.rstrip() for line in table.splitlines()]
     assert lines == (kept / 'table.txt').read_text().splitlines()
@@ -493,6 +493,6 @@ def test_mistakes_are_one_line(tmp_path, folder, capsys):
     paper = ['--scale', 'paper', '--data', str(folder), '--device', 'cpu']
     small = says(flip, *paper, '--out', str(tmp_path / 'paper'))
     assert 'choose a smaller batch size' in small
-    assert 'no data in' in says(flip, '--data', str(tmp_path / 'nothing'))
+    assert 'there is no such folder' in says(flip, '--data', str(tmp_path / 'nothing'))
     assert frontier.main(['missing.json']) == 2
     assert 'missing.json' in capsys.readouterr().err
