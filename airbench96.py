@@ -63,13 +63,13 @@ hyp = {
         'whiten_bias_epochs': 3,    # epochs before the whitening bias is frozen, which saves time
         'schedule': {               # learning rate, as a share of lr; linear in between
             'start': 0.2,
-            'peak_at': 0.1,         # share of the steps after which it is lr itself
+            'peak_at': 0.1,         # share of the steps at which it is lr
             'end': 0.0,
         },
         'lookahead': {
             'every': 5,             # steps
-            'decay': 0.95**5,       # share that the averages keep of themselves; 0: no Lookahead
-            'power': 3,             # at first they keep less: decay * (step / steps)**power
+            'decay': 0.95**5,       # averages <- decay * averages + (1 - decay) * weights; 0: off
+            'power': 3,             # decay grows as (step / total_steps)**power
         },
     },
     'aug': {
@@ -85,7 +85,7 @@ hyp = {
         },
         'depth': 3,                 # convolutions in a block
         'residual': True,           # whether a block's first result is added to its last
-        'batchnorm_momentum': 0.9,  # share that the running statistics keep of themselves in a step
+        'batchnorm_momentum': 0.9,  # running <- momentum * running + (1 - momentum) * batch
         'batchnorm_eps': 1e-12,     # added to the variance
         'scaling_factor': 1 / 9,    # of the outputs
         'whiten_kernel': 2,         # height and width of the whitened patches, in pixels
@@ -106,7 +106,7 @@ def digits_hyp():
     return settings
 
 
-FASTER_ON_A_CPU = 'records/record94.py reaches 94% in far less time, --data digits takes minutes.'
+CPU_NOTE = 'records/record94.py reaches 94% in far less time, --data digits takes minutes.'
 
 #### Data ##########################################################################################
 
@@ -264,7 +264,8 @@ def augment(images, index, flip, shift, corner=None, size=0, *, mean, scale, dty
     height, width, channels = images.shape[1:]
     y = torch.arange(height, device=images.device)
     x = torch.arange(width, device=images.device)
-    # The published loader pads by reflection and crops. Here we reflect the index instead.
+    # The published loader pads by reflection and crops. Here we reflect the index instead. To pad
+    # with zeros, clamp it, and fill the batch with zeros where it was outside.
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
     # One index for all pixels: with several index tensors, CUDA would write out each of them.
@@ -319,9 +320,10 @@ class CifarLoader:
         self.seed = seed
         self.epoch = 0  # how many epochs were served
         self.augment = augment
-        kind = torch.promote_types(dtype, torch.float32)
-        self.mean = 255 * torch.tensor(mean, dtype=kind, device=device)
-        self.scale = 1 / (255 * torch.tensor(std, dtype=kind, device=device))
+        compute_dtype = torch.promote_types(dtype, torch.float32)
+        options = {'dtype': compute_dtype, 'device': device}
+        self.mean = 255 * torch.tensor(mean, **options)
+        self.scale = 1 / (255 * torch.tensor(std, **options))
 
     def normalize(self, images):
         """uint8 (N, 32, 32, 3) -> (N, 3, 32, 32) of the loader's dtype, channels_last."""
@@ -704,8 +706,8 @@ def train(
     train_loader.seed = seed
     train_loader.epoch = 0
     total_steps = math.ceil(len(train_loader) * opt['train_epochs'])
-    where = {'device': device, 'dtype': train_loader.dtype}
-    fresh = make_net(hyp, train_loader.num_classes, seed=seed, **where)
+    options = {'device': device, 'dtype': train_loader.dtype}
+    fresh = make_net(hyp, train_loader.num_classes, seed=seed, **options)
     if net is None:
         net = fresh
     else:
@@ -864,7 +866,9 @@ def parse_args():
     parser.add_argument('--runs', type=int, help='how many (default: 25 on a GPU, 1 on a CPU)')
     parser.add_argument('--seed', type=int, default=0, help='of run 0; run i has SEED + i')
     parser.add_argument('--data', help="folder with CIFAR-10 (default: cifar10), or 'digits'")
-    parser.add_argument('--compile', action='store_true', help='pays off for many runs on a GPU')
+    parser.add_argument(
+        '--compile', action='store_true', help='use torch.compile: meant for many runs on a GPU'
+    )
     args = parser.parse_args()
     if args.seed < 0 or (args.runs is not None and args.runs < 1):
         parser.error('--runs must be at least 1, and --seed at least 0')
@@ -880,7 +884,7 @@ def print_row(row):
         value = row.get(name)
         text = f'{value:.4f}' if isinstance(value, float) else str('' if value is None else value)
         cells.append(text.rjust(max(10, len(name))))
-    print(f'| {" | ".join(cells)} |\n', end='', flush=True)  # one write: ranks share a screen
+    print(f'| {" | ".join(cells)} |\n', end='', flush=True)  # in one write
 
 
 def new_log(args, data, hyp, device, dtype):
@@ -968,14 +972,16 @@ def main():
         train_loader, test_loader = make_loaders(*sets, hyp, **options)
         faster = fast_path(train_loader, hyp) if args.compile else {}
     except (ImportError, OSError) as error:
-        sys.exit(f'{Path(__file__).name}: {error}')
+        print(f'{Path(__file__).name}: {error}', file=sys.stderr)
+        sys.exit(2)
     is_slow = device.type == 'cpu' and data != 'digits'
     if is_slow:
-        print(f'There is no GPU, so this takes a while. {FASTER_ON_A_CPU}', flush=True)
+        print(f'There is no GPU, so this takes a while. {CPU_NOTE}', flush=True)
     if device.type != 'cpu' or args.compile:
         warm_up(train_loader, test_loader, hyp, faster)
 
     file, log = new_log(args, data, hyp, device, dtype)
+    print('{device}, {dtype}, {mode}; data: {path}'.format(path=data, **log))
     print_row({name: name for name in COLUMNS})
     for run in range(runs):
 

@@ -154,7 +154,7 @@ def digits_hyp():
     return settings
 
 
-FASTER_ON_A_CPU = 'records/record94.py takes a third of the time, --data digits a minute.'
+CPU_NOTE = 'records/record94.py takes a third of the time, --data digits a minute.'
 
 #### Data ##########################################################################################
 
@@ -312,7 +312,8 @@ def augment(images, index, flip, shift, corner=None, size=0, *, mean, scale, dty
     height, width, channels = images.shape[1:]
     y = torch.arange(height, device=images.device)
     x = torch.arange(width, device=images.device)
-    # The published loader pads by reflection and crops. Here we reflect the index instead.
+    # The published loader pads by reflection and crops. Here we reflect the index instead. To pad
+    # with zeros, clamp it, and fill the batch with zeros where it was outside.
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
     # One index for all pixels: with several index tensors, CUDA would write out each of them.
@@ -367,9 +368,10 @@ class CifarLoader:
         self.seed = seed
         self.epoch = 0  # how many epochs were served
         self.augment = augment
-        kind = torch.promote_types(dtype, torch.float32)
-        self.mean = 255 * torch.tensor(mean, dtype=kind, device=device)
-        self.scale = 1 / (255 * torch.tensor(std, dtype=kind, device=device))
+        compute_dtype = torch.promote_types(dtype, torch.float32)
+        options = {'dtype': compute_dtype, 'device': device}
+        self.mean = 255 * torch.tensor(mean, **options)
+        self.scale = 1 / (255 * torch.tensor(std, **options))
 
     def normalize(self, images):
         """uint8 (N, 32, 32, 3) -> (N, 3, 32, 32) of the loader's dtype, channels_last."""
@@ -747,9 +749,8 @@ def resize(inputs, size):
     """Batch (B, C, H, W) -> (B, C, size, size), with antialiased bilinear interpolation."""
     if size == inputs.shape[-1]:
         return inputs
-    exact = inputs.to(
-        torch.promote_types(inputs.dtype, torch.float32)
-    )  # a CPU has no bfloat16 here
+    # CPUs cannot antialias in bfloat16.
+    exact = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
     small = F.interpolate(exact, size=(size, size), mode='bilinear', antialias=True)
     return small.to(inputs.dtype)
 
@@ -851,18 +852,18 @@ def form_teams(size):
 #### Training ######################################################################################
 
 
-def in_memory(tensor):
-    """A dense tensor's elements as they lie in memory: a view, whatever the memory format."""
+def flat_view(tensor):
+    """A dense tensor's elements in the order of memory: a view, whatever the memory format."""
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def flatten(tensors):
     """One vector of all tensors, in fp32 or, where a tensor is in float64, in float64."""
-    vectors = [in_memory(tensor) for tensor in tensors]
-    kind = torch.float32
+    vectors = [flat_view(tensor) for tensor in tensors]
+    sum_dtype = torch.float32
     for vector in vectors:
-        kind = torch.promote_types(kind, vector.dtype)
-    return torch.cat([vector.to(kind) for vector in vectors])
+        sum_dtype = torch.promote_types(sum_dtype, vector.dtype)
+    return torch.cat([vector.to(sum_dtype) for vector in vectors])
 
 
 def unflatten(vector, tensors):
@@ -870,7 +871,7 @@ def unflatten(vector, tensors):
     parts = vector.split([tensor.numel() for tensor in tensors])
     # torch._foreach is slow on mixed dtypes, and torch 2.9 and 2.10 copy them wrongly.
     for dtype in {tensor.dtype for tensor in tensors}:
-        pairs = [(in_memory(t), part) for t, part in zip(tensors, parts) if t.dtype == dtype]
+        pairs = [(flat_view(t), part) for t, part in zip(tensors, parts) if t.dtype == dtype]
         targets, sources = zip(*pairs)
         torch._foreach_copy_(targets, sources)
 
@@ -884,8 +885,8 @@ def phase_settings(hyp, phase):
 
 def start(train_loader, hyp, seed, ranks, net, make_net, init_whitening_conv):
     """Ready `net`, or a new network, for training: whitened, and identical on all ranks."""
-    where = {'device': train_loader.device, 'dtype': train_loader.dtype}
-    fresh = make_net(hyp, train_loader.num_classes, seed=seed, **where)
+    options = {'device': train_loader.device, 'dtype': train_loader.dtype}
+    fresh = make_net(hyp, train_loader.num_classes, seed=seed, **options)
     if net is None:
         net = fresh
     else:
@@ -909,7 +910,7 @@ def train_step(net, optimizer, shards, label_smoothing, ranks, compute_loss=comp
         predictions, and the loss of each of its images, without label smoothing.
     """
     trained = [p for p in net.parameters() if p.requires_grad]
-    has_all = ranks.size == 1 and len(shards) == 1  # then there is nothing to sum
+    is_whole_batch = ranks.size == 1 and len(shards) == 1  # then there is nothing to sum
     totals = 0
     gradient = 0
     losses = []
@@ -919,9 +920,9 @@ def train_step(net, optimizer, shards, label_smoothing, ranks, compute_loss=comp
         loss.backward()
         totals = totals + torch.stack((loss.detach(), (outputs.argmax(1) == labels).sum()))
         losses.append(F.cross_entropy(outputs.float(), labels, reduction='none'))
-        if not has_all:
+        if not is_whole_batch:
             gradient = gradient + flatten([p.grad for p in trained])
-    if not has_all:
+    if not is_whole_batch:
         unflatten(ranks.sum(gradient), [p.grad for p in trained])
     optimizer.step()
     return totals, torch.cat(losses)
@@ -980,10 +981,10 @@ def fit(
             size = image_size(record['steps'], total_steps, settings['growth'])
             net[0].bias.requires_grad = size < 32  # training it would cost a tenth of a step
             parts = [(resize(inputs, size), labels) for inputs, labels in islice(batches, shards)]
-            of_step, image_losses = train_step(
+            step_totals, image_losses = train_step(
                 net, optimizer, parts, opt['label_smoothing'], ranks, compute_loss
             )
-            totals = totals + of_step
+            totals = totals + step_totals
             seen_losses.append(image_losses)
             scheduler.step()
             record['steps'] += 1
@@ -994,10 +995,10 @@ def fit(
         totals[0] += 0 * flatten(net.parameters()).sum()  # NaN if a weight is not finite
         seen = torch.zeros_like(losses)
         seen[mine] = torch.cat(seen_losses).to(losses.dtype)
-        of_epoch = ranks.sum(torch.cat((totals.to(losses.dtype), seen)))
+        sums = ranks.sum(torch.cat((totals.to(losses.dtype), seen)))
         losses = losses.clone()
-        losses[order] = of_epoch[2:][order]
-        loss, accuracy = [total / len(order) for total in of_epoch[:2].tolist()]
+        losses[order] = sums[2:][order]
+        loss, accuracy = [total / len(order) for total in sums[:2].tolist()]
         record['seconds'] += clock(loader.device) - begin
         if not math.isfinite(loss):
             record['failed'] = f'loss or weights are not finite after epoch {epoch} of {phase}'
@@ -1011,8 +1012,8 @@ def fit(
     if opt['average']['decay'] > 0:
         for weight, result in zip(weights, averages):
             weight.copy_(result)
-    weights = {name: value.clone() for name, value in net.state_dict().items()}
-    return {'weights': weights, 'losses': losses, 'record': record}
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    return {'weights': state, 'losses': losses, 'record': record}
 
 
 #### Averaging #####################################################################################
@@ -1036,10 +1037,10 @@ def average(workers, net, ranks, mean=mean):
         How many workers there were on all ranks. If there were none, `net` stays as it is.
     """
     names = [name for name, _ in net.named_parameters()]
-    kind = torch.promote_types(net[0].weight.dtype, torch.float32)
-    means = [torch.zeros_like(p, dtype=kind, requires_grad=False) for p in net.parameters()]
+    dtype = torch.promote_types(net[0].weight.dtype, torch.float32)
+    means = [torch.zeros_like(p, dtype=dtype, requires_grad=False) for p in net.parameters()]
     if workers:
-        mean(means, [[weights[name].to(kind) for name in names] for weights in workers])
+        mean(means, [[weights[name].to(dtype) for name in names] for weights in workers])
     total = ranks.sum(F.pad(len(workers) * flatten(means), (0, 1), value=len(workers)))
     count = round(total[-1].item())
     if count > 0:
@@ -1197,9 +1198,9 @@ def train(
         if result is None:
             result = fit(net, train_loader, hyp, phase, seed, ranks, losses, on_row, **functions)
             if 'failed' not in result['record']:
-                of_phase = measure(net, loaders, result['losses'], hyp, phase, ranks, 0, forward)
-                result['record']['val_acc'] = of_phase
-                on_row({'epoch': 'eval', 'val_acc': of_phase})
+                accuracy = measure(net, loaders, result['losses'], hyp, phase, ranks, 0, forward)
+                result['record']['val_acc'] = accuracy
+                on_row({'epoch': 'eval', 'val_acc': accuracy})
             save_result(path, ranks, result)
         return result
 
@@ -1221,12 +1222,12 @@ def train(
     teams = everyone.size // team.size
     for worker in range(everyone.rank // team.size, hyp['phase2']['workers'], teams):
         net.load_state_dict(phase1['weights'])
-        of_worker = worker_seed(seed, worker)
-        workers[worker] = fit_once(f'worker{worker}', 'phase2', of_worker, losses, team)
-    of_ranks = everyone.gather({worker: result['record'] for worker, result in workers.items()})
-    of_workers = {worker: about for of_rank in of_ranks for worker, about in of_rank.items()}
-    record['workers'] = [of_workers[worker] for worker in sorted(of_workers)]
-    seconds['phase2'] = max(sum(about['seconds'] for about in rank.values()) for rank in of_ranks)
+        own_seed = worker_seed(seed, worker)
+        workers[worker] = fit_once(f'worker{worker}', 'phase2', own_seed, losses, team)
+    by_rank = everyone.gather({worker: result['record'] for worker, result in workers.items()})
+    by_worker = {worker: fitted for fits in by_rank for worker, fitted in fits.items()}
+    record['workers'] = [by_worker[worker] for worker in sorted(by_worker)]
+    seconds['phase2'] = max(sum(fitted['seconds'] for fitted in fits.values()) for fits in by_rank)
 
     # Phase 3: average the workers, and recompute BatchNorm's statistics.
     begin = clock(device)
@@ -1240,6 +1241,7 @@ def train(
     # A network that has never seen mirrored images is worse on them (SVHN, digits).
     tta_level = hyp['net']['tta_level'] if hyp['aug']['flip'] else 0
     if 'failed' not in record:
+        # We choose the images by phase 1's losses, since the workers' own differ.
         measured = (net, loaders, losses, hyp, last_phase, everyone)
         record['tta_val_acc'] = measure(*measured, tta_level, forward)
         seconds['phase3'] = clock(device) - begin
@@ -1270,7 +1272,7 @@ def fast_path(train_loader, hyp):
     }
     if device.type == 'cuda':
         train_loader.augment = kernels.faster_augment(train_loader)
-        if train_loader.augment is kernels.flip_crop:  # so that kernels run on this GPU
+        if train_loader.augment is kernels.flip_crop:  # then Triton's kernels work on this GPU
             faster['mean'] = kernels.mean
     return faster
 
@@ -1344,7 +1346,9 @@ def parse_args():
     parser.add_argument('--runs', type=int, help='how many (default: 25 on a GPU, 1 on a CPU)')
     parser.add_argument('--seed', type=int, default=0, help='of run 0; run i has SEED + i')
     parser.add_argument('--data', help="folder with CIFAR-10 (default: cifar10), or 'digits'")
-    parser.add_argument('--compile', action='store_true', help='pays off for many runs on a GPU')
+    parser.add_argument(
+        '--compile', action='store_true', help='use torch.compile: meant for many runs on a GPU'
+    )
     args = parser.parse_args()
     if args.seed < 0 or (args.runs is not None and args.runs < 1):
         parser.error('--runs must be at least 1, and --seed at least 0')
@@ -1360,7 +1364,7 @@ def print_row(row):
         value = row.get(name)
         text = f'{value:.4f}' if isinstance(value, float) else str('' if value is None else value)
         cells.append(text.rjust(max(10, len(name))))
-    print(f'| {" | ".join(cells)} |\n', end='', flush=True)  # one write: ranks share a screen
+    print(f'| {" | ".join(cells)} |\n', end='', flush=True)  # in one write
 
 
 def new_log(args, data, hyp, device, dtype):
@@ -1476,14 +1480,16 @@ def main():
         train_loader, test_loader = make_loaders(*sets, hyp, **options)
         faster = fast_path(train_loader, hyp) if args.compile else {}
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(f'{Path(__file__).name}: {error}')
+        print(f'{Path(__file__).name}: {error}', file=sys.stderr)
+        sys.exit(2)
     if device.type == 'cpu' and data != 'digits' and is_first:
-        print(f'There is no GPU, so this takes a while. {FASTER_ON_A_CPU}', flush=True)
+        print(f'There is no GPU, so this takes a while. {CPU_NOTE}', flush=True)
     if device.type != 'cpu' or args.compile:
         warm_up(train_loader, test_loader, hyp, faster)
 
     file, log = new_log(args, data, hyp, device, dtype)
     if is_first:
+        print('{device}, {dtype}, {mode}; data: {path}'.format(path=data, **log))
         print_row({name: name for name in COLUMNS})
     for run in range(runs):
 

@@ -30,7 +30,7 @@ def main(args):
         raise UserError('needs a number and a file: python -m examples.many_networks 10 nets.pt')
     ab.keep_freed_memory()
     device, dtype = ab.pick_device()
-    _, hyp, statistics, *sets = ab.load_sets('cifar10')
+    _, hyp, statistics, *sets = ab.load_sets(None)
     loaders = ab.make_loaders(*sets, hyp, device=device, dtype=dtype, **statistics)
     write_tensors(Path(args[1]), train_many(int(args[0]), *loaders, hyp))
     return 0

@@ -38,7 +38,7 @@ missing. `python -m lab run RECIPE --help` lists the recipe's hyperparameters.
 def run_parser():
     parser = Parser('python -m lab run', RUN)
     add = parser.add_argument
-    add('recipe', metavar='RECIPE', help='a Python file like airbench94.py, from any folder')
+    add('recipe', metavar='RECIPE', help="a recipe's file, like airbench94.py")
     add('--runs', type=int, help='how many (default: 25, or 1 on a CPU)')
     add('--seed', type=int, default=0, help='run i has the seed SEED + i (default: 0)')
     add('--out', help='folder of the log (default: a new folder in logs)')
@@ -46,7 +46,7 @@ def run_parser():
     add('--device', help='cuda, cuda:1, mps or cpu (default: the best available)')
     add('--dtype', choices=DTYPES, help='default: float16 on a CUDA GPU, otherwise float32')
     add('--kernels', choices=('auto', 'on', 'off'), default='auto', help='Triton kernels')
-    add('--compile', action='store_true', help='use torch.compile: pays off for many runs on a GPU')
+    add('--compile', action='store_true', help='use torch.compile: meant for many runs on a GPU')
     add('--save', action='store_true', help="keep each run's network, as runs/00000.pt in the log")
     add('--load', metavar='FILE', help='evaluate a network that --save kept, and train nothing')
     add('overrides', nargs='*', default=[], metavar='KEY=VALUE', help='hyperparameters')

@@ -16,8 +16,6 @@ from lab.recipes import load_recipe
 from lab.runs import write_tensors
 
 CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
-# SHA-256 of CIFAR-10's training images, training labels, test images and test labels.
-CIFAR_SHA256 = '6b3883dca6c867f1e58def548c063d1865569b8575fcbce06b3e468a89f9895a'
 CIFAR_FILES = ('cifar-10-batches-py', 'cifar10.pt', 'cifar-10-python.tar.gz')
 OWN_FILES = ('train.pt', 'test.pt')
 FORMAT = (
@@ -142,6 +140,8 @@ def load_any(data, recipe):
         return load_own_set(folder)
     if data is None or (data and any(Path(folder, name).exists() for name in CIFAR_FILES)):
         return load_cifar10(folder, recipe)
+    if not Path(folder).is_dir():
+        raise UserError(f'--data {data}: there is no such folder')
     raise UserError(f'no data in {data}: expected {" and ".join(OWN_FILES)}, or {CIFAR_FILES[0]}')
 
 
@@ -170,7 +170,7 @@ def load_set(data, recipe):
         digest.update(tensor.numpy())
     sha256 = digest.hexdigest()
     path = 'cifar10' if data is None else str(data)
-    return ImageSet(path, train, test, classes, mean, std, sha256, sha256 == CIFAR_SHA256)
+    return ImageSet(path, train, test, classes, mean, std, sha256, sha256 == recipe.CIFAR_SHA256)
 
 
 #### Making sets ###################################################################################

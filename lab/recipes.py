@@ -8,8 +8,8 @@ from lab.errors import UserError, first_lines
 
 # What the lab uses of every recipe.
 NEEDED = """
-hyp digits_hyp CIFAR_MEAN CIFAR_STD load_cifar10 load_digits CifarLoader make_loaders make_net train
-evaluate infer fast_path warm_up keep_freed_memory
+hyp digits_hyp CIFAR_MEAN CIFAR_STD CIFAR_SHA256 load_cifar10 load_digits CifarLoader make_loaders
+make_net train evaluate infer fast_path warm_up keep_freed_memory
 """.split()
 
 

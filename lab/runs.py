@@ -5,6 +5,7 @@ DIR/log.json has it all, with a summary.
 """
 
 import io
+import itertools
 import json
 import os
 import socket
@@ -63,21 +64,18 @@ def new_folder(name):
 
 
 def describe_difference(name, before, now, there, here):
-    """One line about a setting with two values."""
+    """One line about a setting that is `before` in one place, and `now` in another."""
     values = f'{name} is {before} {there}, and {now} {here}'
     if len(values) <= 200:
         return values
     if not isinstance(before, str) or not isinstance(now, str):
         return f'{name} differs'
-    lines, now_lines = before.splitlines(), now.splitlines()
-    number = 0
-    while lines[number : number + 1] == now_lines[number : number + 1] != []:
-        number += 1
-    ours, theirs = [
-        text[number].strip()[:80] if number < len(text) else 'missing'
-        for text in (lines, now_lines)
-    ]
-    return f'line {number + 1} of {name} is {ours} {there}, and {theirs} {here}'
+    lines = itertools.zip_longest(before.splitlines(), now.splitlines(), fillvalue='')
+    for number, (old, new) in enumerate(lines, 1):
+        if old != new:
+            values = f'"{old.strip()[:60]}" {there}, and "{new.strip()[:60]}" {here}'
+            return f'line {number} of {name} is {values}'
+    return f'{name} differs'
 
 
 def first_difference(before, now, there='there', here='here'):

@@ -60,8 +60,6 @@ def print_summary(summary, records, data):
     if None not in pflop:
         costs.append(f'{np.mean(pflop):.3g} PFLOP')
     print(f'{" and ".join(costs)} a run')
-    print('on the clock: from the first access to the training images to the predictions for the')
-    print('test set, without validation')
     if not data['is_cifar10']:
         print(f'this is not a CIFAR-10 result: the data is {data["path"]}')
 
@@ -116,7 +114,13 @@ class Log:
     target: float  # accuracy from 0 to 1, from hyp
     device: str
     dtype: str
+    mode: str  # eager or compiled
+    kernels: str  # Triton's or torch's
     is_cifar10: bool
+
+    def conditions(self):
+        """What must be the same in two logs for their seconds to compare."""
+        return self.device, self.dtype, self.mode, self.kernels
 
     def lacks(self):
         """Why a t-test makes no sense, or None if it does."""
@@ -190,6 +194,8 @@ def read_log(path):
             target=float(content['hyp']['target']),
             device='; '.join(sorted(devices)),
             dtype=str(content['dtype']),
+            mode=content.get('mode', 'eager'),
+            kernels='; '.join(sorted({run.get('kernels', 'torch') for run in runs})),
             is_cifar10=content['data'].get('is_cifar10', True),  # the oldest logs do not say it
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -273,9 +279,10 @@ def print_comparison(first, second):
         print(f'mean accuracy {100 * difference:+.2f} percentage points, {ends}, ', end='')
         print(f"two-sided p = {p_value:.3g} (Welch's t-test)")
     if len(first.seconds) > 0 and len(second.seconds) > 0:
-        print(f'{second.seconds.mean() / first.seconds.mean():.3f} times the seconds a run')
-    if (first.device, first.dtype) != (second.device, second.dtype):
-        print('device or dtype differ, so the seconds say nothing about the recipes')
+        ratio = second.seconds.mean() / first.seconds.mean()
+        print(f'{ratio:.3f} times the seconds a run, if the machine did nothing else')
+    if first.conditions() != second.conditions():
+        print('device, dtype, mode or kernels differ, so the seconds say nothing about the recipes')
 
 
 def report(paths, plot=None):

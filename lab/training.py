@@ -16,7 +16,7 @@ from lab.errors import UserError, first_lines
 from lab.flops import costs_of_phases, pflop_of_run
 from lab.machine import describe_machine, is_first_process, process_count
 from lab.networks import load_network, save_network, tta_level
-from lab.options import override
+from lab.options import flat, override
 from lab.recipes import is_joint, read_source
 from lab.summary import print_phases, print_summary, summarize
 
@@ -139,7 +139,8 @@ def make_faster(recipe, train_loader, hyp, *, compiles, kernels):
     if kernels == 'off':
         train_loader.augment = augment
         faster = {name: value for name, value in faster.items() if not is_kernel(value)}
-    if kernels == 'on' or (kernels == 'auto' and train_loader.device.type == 'cuda'):
+    wants_kernel = kernels == 'on' or (kernels == 'auto' and train_loader.device.type == 'cuda')
+    if wants_kernel and not is_kernel(train_loader.augment):
         works = use_kernels(train_loader)
         if kernels == 'on' and not works:
             needed = "a GPU, Triton, kernels/, and the original recipe's augment"
@@ -258,10 +259,16 @@ class Command:
 
     def print_start(self, wanted, missing):
         self.output.print(
-            '{path}: {train} + {test} images; '.format(**self.config['data'])
+            '{path}: {train} training and {test} test images; '.format(**self.config['data'])
             + '{device}, {dtype}, {mode}, {kernels} kernels'.format(**self.config, **self.about)
         )
-        self.output.print(f'{missing} of {wanted} runs to make; log in {self.folder}')
+        default = flat(self.recipe.hyp)
+        changes = [
+            f'{key}={value}' for key, value in flat(self.hyp).items() if value != default[key]
+        ]
+        if changes:
+            self.output.print(f'changes of hyp: {" ".join(changes)}')
+        self.output.print(f'{missing} of {wanted} runs left; log in {self.folder}')
 
     def make_runs(self, wanted):
         if is_joint(self.recipe):

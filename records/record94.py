@@ -90,7 +90,7 @@ hyp = {
             'block2': 256,
             'block3': 256,
         },
-        'batchnorm_momentum': 0.6,  # share that the running statistics keep of themselves in a step
+        'batchnorm_momentum': 0.6,  # running <- momentum * running + (1 - momentum) * batch
         'batchnorm_eps': 1e-12,     # added to the variance
         'whiten_kernel': 2,         # height and width of the whitened patches, in pixels
         'whiten_images': 5000,      # training images from which the whitening is computed
@@ -111,7 +111,7 @@ def digits_hyp():
     return settings
 
 
-FASTER_ON_A_CPU = 'Two cores need 16 minutes. Later epochs, with large images, are the slow ones.'
+CPU_NOTE = 'Two cores need 16 minutes. Later epochs, with large images, are the slow ones.'
 
 #### Data ##########################################################################################
 
@@ -269,7 +269,8 @@ def augment(images, index, flip, shift, corner=None, size=0, *, mean, scale, dty
     height, width, channels = images.shape[1:]
     y = torch.arange(height, device=images.device)
     x = torch.arange(width, device=images.device)
-    # The published loader pads by reflection and crops. Here we reflect the index instead.
+    # The published loader pads by reflection and crops. Here we reflect the index instead. To pad
+    # with zeros, clamp it, and fill the batch with zeros where it was outside.
     rows = reflect(y + shift[:, :1], height)
     columns = reflect(torch.where(flip[:, None], width - 1 - x, x) + shift[:, 1:], width)
     # One index for all pixels: with several index tensors, CUDA would write out each of them.
@@ -324,9 +325,10 @@ class CifarLoader:
         self.seed = seed
         self.epoch = 0  # how many epochs were served
         self.augment = augment
-        kind = torch.promote_types(dtype, torch.float32)
-        self.mean = 255 * torch.tensor(mean, dtype=kind, device=device)
-        self.scale = 1 / (255 * torch.tensor(std, dtype=kind, device=device))
+        compute_dtype = torch.promote_types(dtype, torch.float32)
+        options = {'dtype': compute_dtype, 'device': device}
+        self.mean = 255 * torch.tensor(mean, **options)
+        self.scale = 1 / (255 * torch.tensor(std, **options))
 
     def normalize(self, images):
         """uint8 (N, 32, 32, 3) -> (N, 3, 32, 32) of the loader's dtype, channels_last."""
@@ -793,9 +795,8 @@ def resize(inputs, size):
     """Batch (B, C, H, W) -> (B, C, size, size), with antialiased bilinear interpolation."""
     if size == inputs.shape[-1]:
         return inputs
-    exact = inputs.to(
-        torch.promote_types(inputs.dtype, torch.float32)
-    )  # a CPU has no bfloat16 here
+    # CPUs cannot antialias in bfloat16.
+    exact = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
     small = F.interpolate(exact, size=(size, size), mode='bilinear', antialias=True)
     return small.to(inputs.dtype)
 
@@ -888,8 +889,8 @@ def train(
     len(train_loader)  # raises ValueError if the images don't fill a batch
     plan = plan_epochs(len(train_loader.images), hyp)
     total_steps = sum(steps for _, steps in plan)
-    where = {'device': device, 'dtype': train_loader.dtype}
-    fresh = make_net(hyp, train_loader.num_classes, seed=seed, **where)
+    options = {'device': device, 'dtype': train_loader.dtype}
+    fresh = make_net(hyp, train_loader.num_classes, seed=seed, **options)
     if net is None:
         net = fresh
     else:
@@ -1063,7 +1064,9 @@ def parse_args():
     parser.add_argument('--runs', type=int, help='how many (default: 25 on a GPU, 1 on a CPU)')
     parser.add_argument('--seed', type=int, default=0, help='of run 0; run i has SEED + i')
     parser.add_argument('--data', help="folder with CIFAR-10 (default: cifar10), or 'digits'")
-    parser.add_argument('--compile', action='store_true', help='pays off for many runs on a GPU')
+    parser.add_argument(
+        '--compile', action='store_true', help='use torch.compile: meant for many runs on a GPU'
+    )
     args = parser.parse_args()
     if args.seed < 0 or (args.runs is not None and args.runs < 1):
         parser.error('--runs must be at least 1, and --seed at least 0')
@@ -1079,7 +1082,7 @@ def print_row(row):
         value = row.get(name)
         text = f'{value:.4f}' if isinstance(value, float) else str('' if value is None else value)
         cells.append(text.rjust(max(10, len(name))))
-    print(f'| {" | ".join(cells)} |\n', end='', flush=True)  # one write: ranks share a screen
+    print(f'| {" | ".join(cells)} |\n', end='', flush=True)  # in one write
 
 
 def new_log(args, data, hyp, device, dtype):
@@ -1167,14 +1170,16 @@ def main():
         train_loader, test_loader = make_loaders(*sets, hyp, **options)
         faster = fast_path(train_loader, hyp) if args.compile else {}
     except (ImportError, OSError) as error:
-        sys.exit(f'{Path(__file__).name}: {error}')
+        print(f'{Path(__file__).name}: {error}', file=sys.stderr)
+        sys.exit(2)
     is_slow = device.type == 'cpu' and data != 'digits'
     if is_slow:
-        print(f'There is no GPU, so this takes a while. {FASTER_ON_A_CPU}', flush=True)
+        print(f'There is no GPU, so this takes a while. {CPU_NOTE}', flush=True)
     if device.type != 'cpu' or args.compile:
         warm_up(train_loader, test_loader, hyp, faster)
 
     file, log = new_log(args, data, hyp, device, dtype)
+    print('{device}, {dtype}, {mode}; data: {path}'.format(path=data, **log))
     print_row({name: name for name in COLUMNS})
     for run in range(runs):
 

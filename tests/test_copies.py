@@ -50,7 +50,7 @@ def other_crop(source):
 
 
 def other_help(source):
-    return source.replace('pays off for many runs', 'is faster')
+    return source.replace('meant for many runs', 'faster for many runs')
 
 
 def renamed_section(source):

@@ -76,7 +76,7 @@ def test_a_failed_download_of_cifar10_gets_one_line(tmp_path, monkeypatch):
 
 def test_cifar10_is_known_by_its_digest(folder, tmp_path, monkeypatch):
     sha256 = load_set(folder, airbench94).sha256
-    monkeypatch.setattr(data, 'CIFAR_SHA256', sha256)
+    monkeypatch.setattr(airbench94, 'CIFAR_SHA256', sha256)
     assert load_set(folder, airbench94).is_cifar10
     images, labels = TRAIN_SET
     g = torch.Generator().manual_seed(0)

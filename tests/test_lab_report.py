@@ -128,7 +128,7 @@ def test_another_device_is_no_comparison_of_seconds(write, show):
     there = write(content, 'there.json')
     text = show(here, there)
     assert 'a GPU; another GPU' in row_of(text, 'there')
-    assert 'device or dtype differ' in text
+    assert 'device, dtype, mode or kernels differ' in text
 
 
 @pytest.mark.parametrize('reason', [{'step': 7, 'reason': 'the loss is nan'}, 'no worker is left'])

@@ -129,7 +129,7 @@ def test_torchrun_shares_runs_and_restarts_what_it_lost(shared):
     assert len(printed) == len(set(printed)) >= WANTED - 2
     assert load_log(shared.folder)['summary']['n'] == len(records(shared.folder)) == WANTED
     assert f'runs finished: {WANTED}, failed: 0' in shared.out
-    assert shared.out.count(f' of {WANTED} runs to make') == 2  # once in each start
+    assert shared.out.count(f' of {WANTED} runs left') == 2  # once in each start
     rows = [line for line in shared.out.splitlines() if line.startswith('|')]
     assert len({len(row) for row in rows}) == 1  # whole lines
 
@@ -225,11 +225,11 @@ def test_finished_runs_stay_and_more_can_be_added(shared, tmp_path, quick, capsy
     before = records(log)
     assert call('run', '--runs', WANTED, *args) == 0
     out = capsys.readouterr().out
-    assert f'0 of {WANTED} runs to make' in out and '|' not in out
+    assert f'0 of {WANTED} runs left' in out and '|' not in out
     assert f'runs finished: {WANTED}, failed: 0' in out
     assert quick == [] and records(log) == before
     assert call('run', '--runs', WANTED + 2, *args) == 0
-    assert f'2 of {WANTED + 2} runs to make' in capsys.readouterr().out
+    assert f'2 of {WANTED + 2} runs left' in capsys.readouterr().out
     assert quick == [5 + WANTED, 6 + WANTED] and before.items() <= records(log).items()
     assert load_log(log)['summary']['n'] == WANTED + 2
 
@@ -245,7 +245,7 @@ def test_a_killed_process_loses_only_its_current_run(tmp_path, folder, capsys):
     wanted = len(before) + 2
     assert call('run', '--runs', wanted, *args) == 0
     out = capsys.readouterr().out
-    assert f'2 of {wanted} runs to make' in out
+    assert f'2 of {wanted} runs left' in out
     assert finished(out) == [wanted - 2, wanted - 1]
     assert before.items() <= records(tmp_path / 'log').items()
     assert load_log(tmp_path / 'log')['summary']['n'] == wanted
@@ -258,7 +258,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path, folder, m
     assert report_errors('lab', call, *RUN, *args) == 130
     out, err = capsys.readouterr()
     assert err == 'lab: interrupted\n'
-    assert '1000000000 of 1000000000 runs to make' in out
+    assert '1000000000 of 1000000000 runs left' in out
     assert f'to go on, run the same command with --out {tmp_path / "log"}\n' in out
     assert 'runs finished: 2, failed: 0' in out
     assert load_log(tmp_path / 'log')['summary']['n'] == len(records(tmp_path / 'log')) == 2
@@ -304,7 +304,7 @@ FULL = OSError(28, 'No space left on device')
 CANNOT_PRINT = 'lab: nothing can be printed any more: [Errno 28] No space left on device\n'
 
 
-@pytest.mark.parametrize('text', ['runs to make', ' 1 |', 'eval'])
+@pytest.mark.parametrize('text', ['runs left', ' 1 |', 'eval'])
 @pytest.mark.parametrize(('error', 'code', 'err'), [(GONE, 141, ''), (FULL, 2, CANNOT_PRINT)])
 def test_a_failed_print_loses_no_run(
     text, error, code, err, tmp_path, folder, quick, monkeypatch, capsys
@@ -336,7 +336,7 @@ def test_a_record_that_is_not_whole_is_named_and_made_again(shared, tmp_path, ca
         (log / 'runs' / name).write_text(content)
     assert call('run', '--runs', WANTED, *args) == 0
     out = capsys.readouterr().out
-    said, _, rest = out.partition(f'5 of {WANTED} runs to make')
+    said, _, rest = out.partition(f'5 of {WANTED} runs left')
     assert all(f'runs/{name}: not a whole record of this log' in said for name in damaged)
     assert finished(rest) == [0, 1, 2, 3, 4]
     for name, text in records(log).items():
@@ -447,8 +447,8 @@ def test_an_edited_recipe_is_refused(shared, tmp_path, quick):
         patch.setitem(sys.modules, 'airbench94', airbench94)  # restored afterwards
         line = refuse('run', edited, *shared.args[1:])
     number = 1 + source[: source.index('torch.manual_seed(seed)')].count('\n')
-    assert line.startswith(f'--out {shared.folder}: line {number} of source is torch.manual_seed(')
-    assert ' there, and torch.manual_seed(1 + seed) ' in line and quick == []
+    assert line.startswith(f'--out {shared.folder}: line {number} of source is "torch.manual_seed(')
+    assert ' there, and "torch.manual_seed(1 + seed) ' in line and quick == []
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, folder, quick):
@@ -481,7 +481,7 @@ def test_all_ranks_make_each_run_together(tmp_path, folder, capsys, monkeypatch)
         out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert finished(out) == [0, 1] and 'runs finished: 2, failed: 0' in out
-    assert out.count('2 of 2 runs to make') == 1 and 'waiting for 2 ranks' in out
+    assert out.count('2 of 2 runs left') == 1 and 'waiting for 2 ranks' in out
     assert 'phase 2, each worker     4 ' in out
     together = load_log(tmp_path / 'log')
     assert [run['ranks'] for run in together['runs']] == [2, 2]
@@ -494,7 +494,7 @@ def test_all_ranks_make_each_run_together(tmp_path, folder, capsys, monkeypatch)
 
     monkeypatch.chdir(tmp_path)  # a single process makes the same runs, and nothing twice
     assert call('run', *SWAP, '--data', folder) == 0
-    assert '0 of 2 runs to make' in capsys.readouterr().out
+    assert '0 of 2 runs left' in capsys.readouterr().out
     assert call('run', *SWAP, '--data', folder, '--out', 'alone') == 0
     alone = load_log(tmp_path / 'alone')
     accuracies = [[run['tta_val_acc'] for run in log['runs']] for log in (together, alone)]

@@ -53,7 +53,8 @@ def test_a_recipe_alone_trains_prints_and_writes_its_log(recipe, tmp_path):
     script = copy_alone(recipe, tmp_path)
     done = run(script, '--data', 'digits', '--runs', '2', '--seed', '5')
     assert done.returncode == 0 and done.stderr == ''
-    *rows, summary = done.stdout.splitlines()
+    about, *rows, summary = done.stdout.splitlines()
+    assert about.endswith(', eager; data: digits')
     assert [cells(row)[:2] for row in rows] == [
         ['run', 'epoch'], ['0', '1'], ['0', 'eval'], ['1', '1'], ['1', 'eval'],
     ]  # fmt: skip
