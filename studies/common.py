@@ -2,7 +2,8 @@
 
 A study compares settings, and calls each of them a cell. It trains several networks in every cell,
 with different seeds. Each network's record is a JSON file in OUT/cells, and OUT/study.json holds
-all of them. Either of the two is enough for the tables and pictures.
+all of them. Either of the two is enough for the tables and pictures, except that variance also
+needs OUT/votes.npz if OUT/cells is gone.
 """
 
 import copy
