@@ -271,7 +271,7 @@ def test_a_closed_pipe_loses_no_run(tmp_path, folder):
     """The reader goes after the last epoch's row, like `head`. There is no stderr either."""
     args = [RECIPE, '--data', folder, '--runs', 3, '--save', '--out', 'log', *TINY]
     command = ' '.join(f"'{arg}'" for arg in [sys.executable, '-m', 'lab', 'run', *args])
-    line = f'set -o pipefail; {command} 2>&- | head -n 4'
+    line = f'set -o pipefail; {command} 2>&- | head -n 5'
     env = ONE_THREAD | {'PYTHONPATH': str(ROOT)}
     options = {'cwd': tmp_path, 'env': env, 'capture_output': True, 'text': True}
     done = subprocess.run(['bash', '-c', line], timeout=200, **options)
