@@ -228,13 +228,14 @@ def show(config, records, folder):
         missing = len(jobs) - len(records)
         raise UserError(f'{folder}: {missing} points are missing; the same command again goes on')
     print_networks(records)
+    if not settings['files']:
+        print_barriers(records)
     networks = in_cell(records, part='networks')[0]['networks']
     for part, corners in planes_of(settings).items():
         names = dict.fromkeys([*corners, *({'SWAP'} & networks.keys())])
         marks = {name: networks[name][part] for name in names}
         draw_plane(in_cell(records, part=part), marks, folder / f'plane-{part}')
     if not settings['files']:
-        print_barriers(records)
         draw_segments(records, folder / 'segments')
 
 
