@@ -1472,8 +1472,6 @@ def main():
     runs = args.runs or (1 if device.type == 'cpu' else 25)
     keep_freed_memory()
     torch.backends.cudnn.benchmark = True
-    join_ranks(device)
-    is_first = all_ranks().rank == 0
     try:
         data, hyp, statistics, *sets = load_sets(args.data)
         options = {'device': device, 'dtype': dtype, **statistics}
@@ -1482,6 +1480,8 @@ def main():
     except (ImportError, OSError, ValueError) as error:
         print(f'{Path(__file__).name}: {error}', file=sys.stderr)
         sys.exit(2)
+    join_ranks(device)
+    is_first = all_ranks().rank == 0
     if device.type == 'cpu' and data != 'digits' and is_first:
         print(f'There is no GPU, so this takes a while. {CPU_NOTE}', flush=True)
     if device.type != 'cpu' or args.compile:
@@ -1510,6 +1510,8 @@ def main():
         print(record.get('failed') or describe_workers(record), flush=True)
     if is_first:
         print(f'{summarize(log["runs"])}; log in {file}')
+    if dist.is_initialized():
+        dist.destroy_process_group()  # otherwise a thread of gloo may abort the process
 
 
 if __name__ == '__main__':

@@ -206,28 +206,28 @@ class Command:
 
     def make_run(self, run):
         """Train run number `run`, log it and print its result."""
+        net, record = self.train(run)
+        self.log_run(run, net, record)
+        self.output.check()
+
+    def train(self, run, **options):
+        """(net, record) of a run. `options` are for the recipe's `train`."""
 
         def on_epoch(row):
             if is_first_process():
                 self.output.print_row({'run': run} | row)
 
-        options = dict(self.faster)
-        if is_joint(self.recipe):
-            checkpoints = self.folder / 'checkpoints' / f'{run:05}'
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            options['checkpoints'] = checkpoints
         seed = self.config['seed'] + run
-        net, record = self.recipe.train(*self.loaders, self.hyp, seed, on_epoch, **options)
-        if is_joint(self.recipe) and not is_first_process():
-            return
+        options |= self.faster
+        return self.recipe.train(*self.loaders, self.hyp, seed, on_epoch, **options)
+
+    def log_run(self, run, net, record):
+        """Write the run and then print its result, even if it could not be written."""
         record |= self.count_costs(record) | self.about
         try:
             self.write_run(run, net, record)
         finally:
             self.print_result(run, record)
-        if is_joint(self.recipe):
-            shutil.rmtree(checkpoints)
-        self.output.check()
 
     def count_costs(self, record):
         """What `record` shall say about the operations of its run."""
@@ -270,19 +270,15 @@ class Command:
             self.output.print(f'changes of hyp: {" ".join(changes)}')
         self.output.print(f'{missing} of {wanted} runs left; log in {self.folder}')
 
+    def count_missing(self, wanted):
+        return runs.count_missing(self.read_records(), wanted)
+
     def make_runs(self, wanted):
-        if is_joint(self.recipe):
-            runs.make_runs_together(self.folder, self.config['seed'], wanted, self.make_run)
-        else:
-            runs.make_runs(self.folder, wanted, self.make_run)
+        runs.make_runs(self.folder, wanted, self.make_run)
 
     def make_missing_runs(self, wanted):
         """Make the runs that are missing, with a warm-up where that is useful."""
-        missing = wanted
-        if is_first_process() or not is_joint(self.recipe):
-            missing = runs.count_missing(self.read_records(), wanted)
-        if is_joint(self.recipe):
-            missing = runs.gather(missing)[0]
+        missing = self.count_missing(wanted)
         if is_first_process():
             self.print_start(wanted, missing)
         if missing == 0:
@@ -314,24 +310,56 @@ class Command:
             print_summary(summary, records, self.config['data'])
         return summary
 
-    def run(self, wanted):
-        """Make `wanted` runs and return the exit code."""
-        opened = nullcontext()
-        if is_joint(self.recipe):
-            opened = runs.open_log_together(self.folder, self.config)
-        else:
-            runs.open_log(self.folder, self.config)
-        with opened:
-            self.make_missing_runs(wanted)
-            if is_joint(self.recipe) and not is_first_process():
-                return 0
-            if runs.count_missing(self.read_records(), wanted) > 0:
-                print('other processes are making the last runs; if they are lost, ', end='')
-                print('run the command again')
-                return 0
-            summary = self.close()
+    def open_log(self):
+        """Open the log, and return a context in which it stays open."""
+        runs.open_log(self.folder, self.config)
+        return nullcontext()
+
+    def finish(self, wanted):
+        """Print the summary if no other process is still at work. Returns the exit code."""
+        if runs.count_missing(self.read_records(), wanted) > 0:
+            print('other processes are making the last runs; if they are lost, ', end='')
+            print('run the command again')
+            return 0
+        summary = self.close()
         # torchrun would take 1 for a lost process, and start everything again.
         return 1 if summary['failed'] and process_count() == 1 else 0
+
+    def run(self, wanted):
+        """Make `wanted` runs and return the exit code."""
+        with self.open_log():
+            self.make_missing_runs(wanted)
+            return self.finish(wanted)
+
+
+class JointCommand(Command):
+    """A command whose ranks make each run together. Rank 0 logs it."""
+
+    def train(self, run):
+        self.checkpoints(run).mkdir(parents=True, exist_ok=True)
+        return super().train(run, checkpoints=self.checkpoints(run))
+
+    def log_run(self, run, net, record):
+        if is_first_process():
+            super().log_run(run, net, record)
+            shutil.rmtree(self.checkpoints(run))
+
+    def checkpoints(self, run):
+        """A folder from which a run continues if a rank was lost."""
+        return self.folder / 'checkpoints' / f'{run:05}'
+
+    def count_missing(self, wanted):
+        missing = super().count_missing(wanted) if is_first_process() else None
+        return runs.gather(missing)[0]
+
+    def make_runs(self, wanted):
+        runs.make_runs_together(self.folder, self.config['seed'], wanted, self.make_run)
+
+    def open_log(self):
+        return runs.open_log_together(self.folder, self.config)
+
+    def finish(self, wanted):
+        return super().finish(wanted) if is_first_process() else 0
 
 
 def prepare(args, recipe, device, dtype):
@@ -355,10 +383,12 @@ def prepare(args, recipe, device, dtype):
     about = describe_machine(device)
     functions = [train_loader.augment, *faster.values()]
     about['kernels'] = 'Triton' if any(map(is_kernel, functions)) else 'torch'
+    kind = Command
     if is_joint(recipe):
+        kind = JointCommand
         about['ranks'] = process_count()
     folder = Path(args.out) if args.out else runs.new_folder(Path(recipe.__file__).stem)
-    return Command(
+    return kind(
         recipe, hyp, image_set, loaders, faster, folder, config, about, saves_networks=args.save
     )
 
