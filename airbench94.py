@@ -34,6 +34,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -842,7 +843,7 @@ def describe(device):
 
 def load_sets(data):
     """(name, hyp, mean and std, training set, test set). Raises OSError if there is no CIFAR-10."""
-    if data not in (None, 'digits') and not Path(data).is_dir():
+    if data not in (None, 'digits') and not os.path.isdir(data):
         raise OSError(f'--data {data}: there is no such folder')
     if data != 'digits':
         folder = data or 'cifar10'
@@ -868,8 +869,8 @@ def parse_args():
         '--compile', action='store_true', help='use torch.compile: meant for many runs on a GPU'
     )
     args = parser.parse_args()
-    if args.seed < 0 or (args.runs is not None and args.runs < 1):
-        parser.error('--runs must be at least 1, and --seed at least 0')
+    if not 0 <= args.seed < 2**32 or (args.runs is not None and args.runs < 1):
+        parser.error(f'--runs must be at least 1, and --seed from 0 to {2**32 - 1}')
     return args
 
 
@@ -907,7 +908,10 @@ def new_log(args, data, hyp, device, dtype):
 
 
 def write_log(file, log):
-    """Write the log, whole or not at all. If that fails we say so, and go on."""
+    """Write the log, whole or not at all. If that fails, we say so and go on.
+
+    Returns whether it was written.
+    """
     temporary = file.with_suffix('.tmp')
     try:
         file.parent.mkdir(exist_ok=True)
@@ -915,6 +919,10 @@ def write_log(file, log):
         os.replace(temporary, file)
     except OSError as error:
         print(f'the log was not written: {error}', file=sys.stderr)
+        with suppress(OSError):
+            temporary.unlink()
+        return False
+    return True
 
 
 def summarize(records):
@@ -991,11 +999,15 @@ def main():
 
         _, record = train(train_loader, test_loader, hyp, args.seed + run, on_epoch, **faster)
         log['runs'].append(record)
-        write_log(file, log)  # before we print, which fails if nobody is listening any more
+        # Before we print, which fails if nobody is listening any more.
+        is_logged = write_log(file, log)
         print_row({'run': run, 'epoch': 'eval'} | record)
         if 'failed' in record:
             print(f'run {run} failed: {record["failed"]}', flush=True)
-    print(f'{summarize(log["runs"])}; log in {file}')
+    print(summarize(log['runs']))
+    if not is_logged:
+        sys.exit(2)
+    print(f'log in {file}')
 
 
 if __name__ == '__main__':

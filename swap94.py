@@ -36,6 +36,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -1106,6 +1107,8 @@ def check_settings(hyp, ranks, images):
         if batch_size % shards or batch_size > images:
             needed = f'a multiple of {phase}.shards={shards}, and at most {images}'
             raise ValueError(f'{phase}.batch_size={batch_size}: must be {needed}')
+        if batch_size < 2 * shards:
+            raise ValueError(f'{phase}.shards={shards}: a shard needs at least two images')
         if shards % size:
             raise ValueError(f'{phase}.shards={shards}: {size} ranks cannot share them evenly')
     if ranks % team or workers % (ranks // team):
@@ -1141,9 +1144,17 @@ def load_result(path, ranks, device):
 
 
 def save_result(path, ranks, result):
-    if path and ranks.rank == 0:
-        torch.save(result, path.with_suffix('.tmp'))
-        os.replace(path.with_suffix('.tmp'), path)
+    """Let rank 0 write what `fit` returned. If that fails, we say so and go on."""
+    if path is None or ranks.rank > 0:
+        return
+    temporary = path.with_suffix(f'.{os.getpid()}.tmp')
+    try:
+        torch.save(result, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError if the disk is full
+        print(f'{path} was not written: {error}', flush=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def train(
@@ -1324,7 +1335,7 @@ def describe(device):
 
 def load_sets(data):
     """(name, hyp, mean and std, training set, test set). Raises OSError if there is no CIFAR-10."""
-    if data not in (None, 'digits') and not Path(data).is_dir():
+    if data not in (None, 'digits') and not os.path.isdir(data):
         raise OSError(f'--data {data}: there is no such folder')
     if data != 'digits':
         folder = data or 'cifar10'
@@ -1350,8 +1361,8 @@ def parse_args():
         '--compile', action='store_true', help='use torch.compile: meant for many runs on a GPU'
     )
     args = parser.parse_args()
-    if args.seed < 0 or (args.runs is not None and args.runs < 1):
-        parser.error('--runs must be at least 1, and --seed at least 0')
+    if not 0 <= args.seed < 2**32 or (args.runs is not None and args.runs < 1):
+        parser.error(f'--runs must be at least 1, and --seed from 0 to {2**32 - 1}')
     return args
 
 
@@ -1389,7 +1400,10 @@ def new_log(args, data, hyp, device, dtype):
 
 
 def write_log(file, log):
-    """Write the log, whole or not at all. If that fails we say so, and go on."""
+    """Write the log, whole or not at all. If that fails, we say so and go on.
+
+    Returns whether it was written.
+    """
     temporary = file.with_suffix('.tmp')
     try:
         file.parent.mkdir(exist_ok=True)
@@ -1397,6 +1411,10 @@ def write_log(file, log):
         os.replace(temporary, file)
     except OSError as error:
         print(f'the log was not written: {error}', file=sys.stderr)
+        with suppress(OSError):
+            temporary.unlink()
+        return False
+    return True
 
 
 def summarize(records):
@@ -1477,6 +1495,7 @@ def main():
         options = {'device': device, 'dtype': dtype, **statistics}
         train_loader, test_loader = make_loaders(*sets, hyp, **options)
         faster = fast_path(train_loader, hyp) if args.compile else {}
+        Path('logs', 'unfinished').mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError, ValueError) as error:
         print(f'{Path(__file__).name}: {error}', file=sys.stderr)
         sys.exit(2)
@@ -1498,20 +1517,25 @@ def main():
 
         seed = args.seed + run
         checkpoints = checkpoints_of(log, seed)
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        checkpoints.mkdir(exist_ok=True)
         options = faster | {'checkpoints': checkpoints}
         _, record = train(train_loader, test_loader, hyp, seed, on_epoch, **options)
         if not is_first:
             continue
         log['runs'].append(record)
-        write_log(file, log)  # before we print, which fails if nobody is listening any more
-        shutil.rmtree(checkpoints)
+        # Before we print, which fails if nobody is listening any more.
+        is_logged = write_log(file, log)
+        if is_logged:
+            shutil.rmtree(checkpoints, ignore_errors=True)
         print_row({'run': run, 'epoch': 'eval'} | record)
         print(record.get('failed') or describe_workers(record), flush=True)
-    if is_first:
-        print(f'{summarize(log["runs"])}; log in {file}')
     if dist.is_initialized():
         dist.destroy_process_group()  # otherwise a thread of gloo may abort the process
+    if is_first:
+        print(summarize(log['runs']))
+        if not is_logged:
+            sys.exit(2)
+        print(f'log in {file}')
 
 
 if __name__ == '__main__':

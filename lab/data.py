@@ -1,6 +1,7 @@
 """Images and their labels: CIFAR-10, the digits, your own sets, and folders of pictures."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,13 +136,13 @@ def load_any(data, recipe):
     """(training set, test set, classes) for the path `data`."""
     if data == 'digits':
         return load_digits(recipe)
+    if data is not None and not os.path.isdir(data):
+        raise UserError(f'--data {data}: there is no such folder')
     folder = 'cifar10' if data is None else data
     if all(Path(folder, name).exists() for name in OWN_FILES):
         return load_own_set(folder)
-    if data is None or (data and any(Path(folder, name).exists() for name in CIFAR_FILES)):
+    if data is None or any(Path(folder, name).exists() for name in CIFAR_FILES):
         return load_cifar10(folder, recipe)
-    if not Path(folder).is_dir():
-        raise UserError(f'--data {data}: there is no such folder')
     raise UserError(f'no data in {data}: expected {" and ".join(OWN_FILES)}, or {CIFAR_FILES[0]}')
 
 

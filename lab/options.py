@@ -10,7 +10,7 @@ from lab.errors import UserError
 # last names of the hyperparameters. Everything else may be any finite number.
 RANGES = {
     'train_epochs': (1e-3, 1e6),
-    'batch_size': (1, 1e9),
+    'batch_size': (2, 1e9),  # BatchNorm needs two values
     'lr': (1e-9, 1e9),
     'lr_biases': (1e-9, 1e9),
     'lr_head': (1e-9, 1e9),
@@ -27,7 +27,7 @@ RANGES = {
     'every': (1, 1e9),
     'decay': (0, 1),
     'power': (0, 1e9),
-    'size': (8, 32),
+    'size': (16, 32),
     'until': (0, 1),
     'from': (0, 1),
     'keep': (0, 1),

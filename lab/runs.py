@@ -7,6 +7,7 @@ DIR/log.json has it all, with a summary.
 import io
 import itertools
 import json
+import math
 import os
 import socket
 import time
@@ -115,7 +116,15 @@ def open_log(folder, config):
 
 #### Records #######################################################################################
 
-RECORD_KEYS = {'seed', 'tta_val_acc', 'seconds'}  # what the summary needs
+
+def is_record(content):
+    """Whether a file's content has what the summary needs of a run."""
+    if not isinstance(content, dict) or type(content.get('seed')) is not int:
+        return False
+    numbers = [content.get('seconds'), content.get('pflop') or 0]
+    if not content.get('failed'):
+        numbers.append(content.get('tta_val_acc'))
+    return all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers)
 
 
 def run_file(folder, run):
@@ -132,14 +141,12 @@ def read_records(folder, seed):
     for file in sorted((folder / 'runs').glob('*.json')):
         try:
             record = json.loads(file.read_text())
-            run = record['seed'] - seed
-            is_whole = file == run_file(folder, run) and RECORD_KEYS <= record.keys()
         except FileNotFoundError:  # another process just renamed it
             continue
-        except (ValueError, KeyError, TypeError):
-            is_whole = False
-        if is_whole:
-            records[run] = record
+        except ValueError:
+            record = None
+        if is_record(record) and file == run_file(folder, record['seed'] - seed):
+            records[record['seed'] - seed] = record
             continue
         print(f'{file}: not a whole record of this log; now {file.stem}.damaged', flush=True)
         with suppress(FileNotFoundError):

@@ -461,7 +461,7 @@ MISTAKES = [
     (['--dtype', 'int8'], "argument --dtype: invalid choice: 'int8'"),
     (['--kernels', 'maybe'], "argument --kernels: invalid choice: 'maybe'"),
     (['--data', 'nowhere'], '--data nowhere: there is no such folder'),
-    (['--data', ''], 'no data in : expected '),
+    (['--data', ''], '--data : there is no such folder'),
     (['--data', 'a-file'], '--data a-file: there is no such folder'),
     (['--data', 'broken'], 'train.pt: holds list; expected '),
     ([*DIGITS, 'opt.batch_size=2000'], '1437 images are less than a batch of 2000'),

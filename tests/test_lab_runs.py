@@ -325,10 +325,10 @@ def test_a_record_that_is_not_whole_is_named_and_made_again(shared, tmp_path, ca
     record = json.loads(before['00003.json'])
     damaged = {
         '00000.json': '',
-        '00001.json': '{}',
+        '00001.json': '{"seed": 6, "seconds": 1, "tta_val_acc": NaN}',
         '00002.json': before['00002.json'][:300],
         '00003.json': json.dumps(record | {'seed': 99}),
-        '00004.json': '{"seed": 9}',
+        '00004.json': '{"seed": 9, "seconds": 1, "tta_val_acc": "x"}',
         '00005 copy.json': before['00005.json'],
         'notes.json': '[1, 2]',
     }

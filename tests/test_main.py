@@ -53,7 +53,7 @@ def test_a_recipe_alone_trains_prints_and_writes_its_log(recipe, tmp_path):
     script = copy_alone(recipe, tmp_path)
     done = run(script, '--data', 'digits', '--runs', '2', '--seed', '5')
     assert done.returncode == 0 and done.stderr == ''
-    about, *rows, summary = done.stdout.splitlines()
+    about, *rows, summary, where = done.stdout.splitlines()
     assert about.endswith(', eager; data: digits')
     assert [cells(row)[:2] for row in rows] == [
         ['run', 'epoch'], ['0', '1'], ['0', 'eval'], ['1', '1'], ['1', 'eval'],
@@ -63,7 +63,7 @@ def test_a_recipe_alone_trains_prints_and_writes_its_log(recipe, tmp_path):
     accuracies = [record['tta_val_acc'] for record in log['runs']]
     mean, std = sum(accuracies) / 2, abs(accuracies[0] - accuracies[1]) / 2**0.5
     expected = f'n=2, 0 failed: mean accuracy with TTA {mean:.4f}, std {std:.4f}, '
-    assert summary.startswith(expected) and summary.endswith('.json')
+    assert summary.startswith(expected) and where.startswith('log in ')
     assert [f'{accuracy:.4f}' for accuracy in accuracies] == [cells(rows[i])[5] for i in (2, 4)]
     assert [record['seed'] for record in log['runs']] == [5, 6]
     assert log['source'] == script.read_text() and log['script'] == script.name
@@ -89,8 +89,10 @@ def test_without_cifar10_it_trains_on_digits_and_says_so_loudly(tmp_path):
     [
         (['--data', 'digits', '--compile'], '--compile needs kernels/ next to '),
         (['--data', 'nowhere'], '--data nowhere: there is no such folder'),
-        (['--runs', '0'], '--runs must be at least 1, and --seed at least 0'),
-        (['--seed', '-1'], '--runs must be at least 1, and --seed at least 0'),
+        (['--data', ''], '--data : there is no such folder'),
+        (['--seed', str(2**32)], '--runs must be at least 1, and --seed from 0 to 4294967295'),
+        (['--runs', '0'], '--runs must be at least 1, and --seed from 0 to 4294967295'),
+        (['--seed', '-1'], '--runs must be at least 1, and --seed from 0 to 4294967295'),
     ],
 )
 def test_a_mistake_is_one_line(args, line, tmp_path):
@@ -107,7 +109,7 @@ def test_a_log_that_cannot_be_written_stops_no_run(tmp_path):
     script = copy_alone('records/record94.py', tmp_path)
     (script.parent / 'logs').write_text('a file, where the folder should be')
     done = run(script, '--data', 'digits')
-    assert done.returncode == 0 and 'n=1, 0 failed' in done.stdout
+    assert done.returncode == 2 and 'n=1, 0 failed' in done.stdout and 'log in' not in done.stdout
     assert 'the log was not written: ' in done.stderr
 
 

@@ -615,6 +615,22 @@ def test_a_damaged_checkpoint_is_named_and_made_again(name, content, swap, tmp_p
     assert capsys.readouterr().out.startswith(f'{path / name}.pt is damaged')
 
 
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(swap, tmp_path, monkeypatch, capsys):
+    plain, _, _ = swap()
+
+    def full(result, file):
+        file.write_bytes(b'PK')
+        raise RuntimeError('unexpected pos')
+
+    monkeypatch.setattr(torch, 'save', full)
+    path = tmp_path / 'checkpoints'
+    path.mkdir()
+    net, _ = swap94.train(*load(), hyp_of(), checkpoints=path)
+    assert differing(plain.state_dict(), net.state_dict()) == []
+    assert f'{path / "phase1.pt"} was not written' in capsys.readouterr().out
+    assert not list(path.iterdir())
+
+
 @contextlib.contextmanager
 def torchrun(*command, cwd, options=('--nproc_per_node=2',)):
     """The command in each of torchrun's processes, which end with the context."""
@@ -724,6 +740,7 @@ def test_the_script_alone_continues_after_torchrun_lost_a_rank(tmp_path):
         (1, ['phase1.batch_size=201', 'phase1.shards=1'], 'phase1.batch_size=201'),
         (1, ['phase2.batch_size=31', 'phase2.shards=2'], 'phase2.batch_size=31'),
         (1, ['phase2.batch_size=201'], 'phase2.batch_size=201'),
+        (1, ['phase1.shards=32'], 'phase1.shards=32'),
         (2, ['phase2.ranks_per_worker=2'], 'phase2.shards=1'),
         (2, ['phase2.workers=3'], 'phase2.workers=3'),
         (3, ['phase1.shards=3', 'phase1.batch_size=48', *TEAMS[1:]], 'phase2.workers=4'),
