@@ -56,7 +56,7 @@ def test_every_recipe_loads_and_keeps_to_the_limits(path):
         ('opt.momentum=1', 'opt.momentum=1: must be from 0 to 0.999'),
         ('opt.batch_size=1.5', 'opt.batch_size=1.5: must be of type int, like 1024'),
         ('opt.batch_size=0', 'opt.batch_size=0: must be from 2 to '),
-        ('opt.lookahead.every=0', 'opt.lookahead.every=0: must be from 2 to '),
+        ('opt.lookahead.every=0', 'opt.lookahead.every=0: must be from 1 to '),
         ('aug.flip=maybe', 'aug.flip=maybe: must be of type bool, like True'),
         ('aug.translate=32', 'aug.translate=32: must be from 0 to 31'),
         ('net.widths.block3=1000000000', 'block3=1000000000: must be from 1 to 8192'),
