@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,8 +213,10 @@ def read_svhn(folder, train):
 def read_pictures(folder, train):
     """The pictures in folder/train or folder/test, which have a folder for each class."""
     data = torchvision.datasets.ImageFolder(Path(folder, 'train' if train else 'test'))
-    images = [read_picture(path) for path, _ in progress(data.samples, 'pictures')]
-    return describe_split(np.stack(images), data.targets, data.classes)
+    samples = data.samples
+    random.Random(0).shuffle(samples)  # recipes compute the whitening from the first images
+    images = [read_picture(path) for path, _ in progress(samples, 'pictures')]
+    return describe_split(np.stack(images), [label for _, label in samples], data.classes)
 
 
 def check_classes(source, splits):
