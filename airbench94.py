@@ -105,7 +105,7 @@ def digits_hyp():
     return settings
 
 
-CPU_NOTE = 'records/record94.py takes a third of the time, --data digits a minute.'
+CPU_NOTE = 'records/record94.py takes half the time or less, --data digits a minute.'
 
 #### Data ##########################################################################################
 
