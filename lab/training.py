@@ -264,7 +264,7 @@ class Command:
         )
         default = flat(self.recipe.hyp)
         changes = [
-            f'{key}={value}' for key, value in flat(self.hyp).items() if value != default[key]
+            f'{key}={value}' for key, value in flat(self.hyp).items() if value != default.get(key)
         ]
         if changes:
             self.output.print(f'changes of hyp: {" ".join(changes)}')
