@@ -808,8 +808,9 @@ def clock(device):
 
 def progress(items, what, total=None):
     """`items` with a progress bar, in a terminal, and only for the first of several processes."""
-    hidden = True if os.environ.get('RANK', '0') != '0' else None  # None: unless in a terminal
-    return tqdm(items, what, total, leave=False, disable=hidden)
+    is_first = os.environ.get('RANK', '0') == '0'
+    is_shown = is_first and sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(items, what, total, leave=False, disable=not is_shown)
 
 
 def by_dtype(tensors):
@@ -845,6 +846,10 @@ def load_sets(data):
     """(name, hyp, mean and std, training set, test set). Raises OSError if there is no CIFAR-10."""
     if data not in (None, 'digits') and not os.path.isdir(data):
         raise OSError(f'--data {data}: there is no such folder')
+    if data and Path(data, 'train.pt').exists():
+        raise OSError(
+            f'--data {data}: for your own set, use python -m lab run {Path(__file__).name}'
+        )
     if data != 'digits':
         folder = data or 'cifar10'
         statistics = {'mean': CIFAR_MEAN, 'std': CIFAR_STD}

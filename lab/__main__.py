@@ -8,7 +8,6 @@
 `python -m lab COMMAND --help` says more about each.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -182,8 +181,6 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    if sys.stderr is None:  # closed with 2>&-; progress bars need one
-        sys.stderr = open(os.devnull, 'w')
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors='backslashreplace')  # for file names it cannot encode
     sys.exit(report_errors('lab', main, sys.argv[1:]))

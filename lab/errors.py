@@ -53,6 +53,8 @@ def report_errors(name, main, *args):
         What main returns; 2 after a UserError, an OSError or when memory runs out; 130 after
         Ctrl-C; 141 if nobody reads our output any more, as in `... | head`, which is no mistake.
     """
+    if sys.stderr is None:  # closed with 2>&-; progress bars need one
+        sys.stderr = open(os.devnull, 'w')
     try:
         code = main(*args)
         if sys.stdout:

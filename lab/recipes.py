@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import tokenize
 from pathlib import Path
 
 from lab.errors import UserError, first_lines
@@ -62,4 +63,5 @@ def is_joint(recipe):
 
 def read_source(recipe):
     """The text of a recipe's file."""
-    return Path(recipe.__file__).read_text(encoding='utf-8')
+    with tokenize.open(recipe.__file__) as file:  # in the encoding that the file declares
+        return file.read()

@@ -105,6 +105,31 @@ def test_a_mistake_is_one_line(args, line, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [script.name]
 
 
+def test_a_set_of_your_own_is_for_the_lab(folder, tmp_path):
+    script = copy_alone('airbench94.py', tmp_path)
+    before = sorted(folder.iterdir())
+    done = run(script, '--data', folder)
+    line = (
+        f'airbench94.py: --data {folder}: for your own set, use python -m lab run airbench94.py\n'
+    )
+    assert (done.returncode, done.stderr) == (2, line)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_without_stderr_a_recipe_trains(tmp_path):
+    script = copy_alone('airbench94.py', tmp_path)
+    command = f"'{sys.executable}' {script.name} --data digits 2>&-"
+    done = subprocess.run(
+        ['bash', '-c', command],
+        cwd=tmp_path,
+        env=ALONE,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0 and 'n=1, 0 failed' in done.stdout
+
+
 def test_a_log_that_cannot_be_written_stops_no_run(tmp_path):
     script = copy_alone('records/record94.py', tmp_path)
     (script.parent / 'logs').write_text('a file, where the folder should be')
