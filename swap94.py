@@ -1455,7 +1455,8 @@ def make_loaders(train_set, test_set, hyp, **options):
     Raises ValueError if the ranks cannot share batches or workers evenly.
     """
     check_settings(hyp, int(os.environ.get('WORLD_SIZE') or 1), len(train_set[0]))
-    train_loader = CifarLoader(*train_set, aug=hyp['aug'], train=True, **options)
+    batch_size = hyp['phase1']['batch_size']
+    train_loader = CifarLoader(*train_set, batch_size, hyp['aug'], train=True, **options)
     return train_loader, CifarLoader(*test_set, **options)
 
 

@@ -94,15 +94,7 @@ def _pointer(address, kind: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @jit
-def _lerp_block(
-    row,
-    count,
-    share,
-    kind: tl.constexpr,
-    COPY_BACK: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _lerp_block(row, count, share, kind: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.arange(0, BLOCK)
     mask = place < count
     averages = _pointer(tl.load(row), kind, ALIGNED)
@@ -111,23 +103,22 @@ def _lerp_block(
     weight = tl.load(weights + place, mask=mask).to(tl.float32)
     result = _lerp(average, weight, share).to(kind)
     tl.store(averages + place, result, mask=mask)
-    if COPY_BACK:
-        tl.store(weights + place, result, mask=mask)
+    tl.store(weights + place, result, mask=mask)
 
 
 @jit
-def _lerp_kernel(table, share, COPY_BACK: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def _lerp_kernel(table, share, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     row = table + tl.program_id(0) * 4
     count = tl.load(row + 2)
     kind = tl.load(row + 3)
     if ALIGNED:
         count = tl.multiple_of(count, 8)
     if kind == 0:
-        _lerp_block(row, count, share, tl.float32, COPY_BACK, ALIGNED, BLOCK)
+        _lerp_block(row, count, share, tl.float32, ALIGNED, BLOCK)
     elif kind == 1:
-        _lerp_block(row, count, share, tl.float16, COPY_BACK, ALIGNED, BLOCK)
+        _lerp_block(row, count, share, tl.float16, ALIGNED, BLOCK)
     else:
-        _lerp_block(row, count, share, tl.bfloat16, COPY_BACK, ALIGNED, BLOCK)
+        _lerp_block(row, count, share, tl.bfloat16, ALIGNED, BLOCK)
 
 
 @jit
@@ -247,7 +238,7 @@ UNSAFE = torch.Tag.cudagraph_unsafe
 
 @torch.library.custom_op('airbench::lerp', mutates_args=('averages', 'weights'), tags=(UNSAFE,))
 def _lerp_lists(averages: list[torch.Tensor], weights: list[torch.Tensor], share: float) -> None:
-    launch(_lerp_kernel, [averages, weights], share, COPY_BACK=True)
+    launch(_lerp_kernel, [averages, weights], share)
 
 
 @torch.library.custom_op('airbench::mean', mutates_args=('averages',), tags=(UNSAFE,))

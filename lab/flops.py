@@ -185,30 +185,25 @@ def swap_costs(recipe, hyp, images, tests, num_classes, record):
 #### Any recipe ####################################################################################
 
 
-def count_flop(recipe, hyp, n_train, n_test, num_classes, record):
-    """Operations of a run whose recipe we know, and None for others."""
-    if 'phase1' in hyp:
-        costs = swap_costs(recipe, hyp, n_train, n_test, num_classes, record)
-        return 1e15 * sum(cost['pflop_of_all'] for cost in costs.values())
-    if hasattr(recipe, 'plan_epochs'):
-        return flop_of_growing(recipe, hyp, n_train, num_classes, record.get('views', 0))
-    return flop_of_airbench(recipe, hyp, n_train, n_test, num_classes)
+def costs_of_run(recipe, hyp, n_train, n_test, num_classes, record):
+    """What a run's record says about its operations.
 
-
-def pflop_of_run(recipe, hyp, n_train, n_test, num_classes, record):
-    """PFLOP of one run, training and test-time augmentation, or None if we cannot count them."""
+    Returns:
+        {'pflop': on all ranks, or None if we cannot count them}, and for swap94 also 'phases': what
+        swap_costs returns, with the seconds of each phase.
+    """
     try:
-        flop = count_flop(recipe, hyp, n_train, n_test, num_classes, record)
+        if 'phase1' in hyp:
+            phases = swap_costs(recipe, hyp, n_train, n_test, num_classes, record)
+            pflop = sum(cost['pflop_of_all'] for cost in phases.values())
+            for phase, cost in phases.items():
+                phases[phase] = {'seconds': record['phase_seconds'][phase]} | cost
+            return {'pflop': pflop, 'phases': phases}
+        if hasattr(recipe, 'plan_epochs'):
+            views = record.get('views', 0)
+            flop = flop_of_growing(recipe, hyp, n_train, num_classes, views)
+        else:
+            flop = flop_of_airbench(recipe, hyp, n_train, n_test, num_classes)
     except Exception:  # an edited recipe may work differently, and need not work on `meta`
-        return None
-    return None if flop is None else 1e-15 * flop
-
-
-def costs_of_phases(recipe, hyp, n_train, n_test, num_classes, record):
-    """What each phase of a run of swap94 cost, with its seconds, or None if we cannot count it."""
-    try:
-        costs = swap_costs(recipe, hyp, n_train, n_test, num_classes, record)
-    except Exception:  # as above
-        return None
-    seconds = record['phase_seconds']
-    return {phase: {'seconds': seconds[phase]} | cost for phase, cost in costs.items()}
+        return {'pflop': None}
+    return {'pflop': 1e-15 * flop}

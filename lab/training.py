@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lab import runs
 from lab.data import ImageSet, load_set
 from lab.errors import UserError, first_lines
-from lab.flops import costs_of_phases, pflop_of_run
+from lab.flops import costs_of_run
 from lab.machine import describe_machine, is_first_process, process_count
 from lab.networks import load_network, save_network, tta_level
 from lab.options import flat, override
@@ -94,8 +94,7 @@ def make_loaders(recipe, image_set, hyp, device, dtype):
     options = {'device': device, 'dtype': dtype, 'mean': image_set.mean, 'std': image_set.std}
     try:
         loaders = recipe.make_loaders(image_set.train, image_set.test, hyp, **options)
-        if not is_joint(recipe):  # which checks its batches itself
-            len(loaders[0])
+        len(loaders[0])  # raises ValueError if the images don't fill a batch
     except ValueError as error:
         raise UserError(first_lines(error)) from error
     for loader in loaders:
@@ -150,7 +149,7 @@ def make_faster(recipe, train_loader, hyp, *, compiles, kernels):
 
 def describe_compile_error(error):
     """One line that names what failed: a compiler's message is far down in the error's text."""
-    line = first_lines(error).strip()
+    line = first_lines(error)
     for further in str(error).splitlines()[2:]:
         if 'error:' in further:
             line = f'{line}: {further.strip()}'
@@ -232,11 +231,8 @@ class Command:
     def count_costs(self, record):
         """What `record` shall say about the operations of its run."""
         sizes = [len(labels) for _, labels in (self.image_set.train, self.image_set.test)]
-        known = (self.recipe, self.hyp, *sizes, len(self.image_set.classes), record)
-        costs = {'pflop': pflop_of_run(*known)}
-        if 'phase_seconds' in record:
-            costs['phases'] = costs_of_phases(*known)
-        return costs
+        num_classes = len(self.image_set.classes)
+        return costs_of_run(self.recipe, self.hyp, *sizes, num_classes, record)
 
     def write_run(self, run, net, record):
         """Write the network, if wanted, and then the record, which makes the run complete."""

@@ -92,7 +92,7 @@ def flip_crop_source(dtype, cutout):
 def lerp_source(aligned=True):
     """The same for lookahead."""
     types = {'table': pointer(torch.int64), 'share': 'fp32'}
-    constants = {'COPY_BACK': True, 'ALIGNED': aligned, 'BLOCK': BLOCK}
+    constants = {'ALIGNED': aligned, 'BLOCK': BLOCK}
     return _lerp_kernel, types, constants, OPTIONS
 
 

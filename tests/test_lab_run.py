@@ -38,7 +38,7 @@ import airbench94
 from lab import training
 from lab.data import CIFAR_CLASSES
 from lab.errors import report_errors
-from lab.flops import flop_per_image, pflop_of_run
+from lab.flops import costs_of_run, flop_per_image
 from lab.options import override
 from lab.recipes import load_recipe
 
@@ -274,10 +274,10 @@ OF_PAPER96 = ['opt.train_epochs=40', 'net.widths.block2=512', 'net.widths.block3
 def test_pflop_a_run_is_what_was_published(name, changes, published):
     recipe = load_recipe(ROOT / f'{name}.py')
     hyp = override(recipe.hyp, changes)
-    pflop = pflop_of_run(recipe, hyp, 50000, 10000, 10, {})
+    pflop = costs_of_run(recipe, hyp, 50000, 10000, 10, {})['pflop']
     assert pflop == pytest.approx(published, rel=0.02)
     hyp['aug']['flip'] = False  # one view of each test image
-    assert 0.9 * pflop < pflop_of_run(recipe, hyp, 50000, 10000, 10, {}) < pflop
+    assert 0.9 * pflop < costs_of_run(recipe, hyp, 50000, 10000, 10, {})['pflop'] < pflop
 
 
 #### Warm-up, compiling, kernels ###################################################################
