@@ -659,13 +659,12 @@ def evaluate(net, loader, tta_level=0, forward=forward):
 
 
 def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=compute_loss):
-    """Take one step. Returns what compute_loss does; the outputs are valid until the next step."""
+    """Take one step. Returns what compute_loss does, detached."""
     loss, outputs = compute_loss(net, inputs, labels, label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    # A clone, because the next call of a CUDA graph overwrites the original.
-    return loss.detach().clone(), outputs
+    return loss.detach(), outputs
 
 
 def train(
@@ -683,6 +682,7 @@ def train(
     lookahead=lookahead,
     forward=forward,
     compute_loss=compute_loss,
+    train_step=train_step,
 ):
     """Train a network. The result depends only on the loaders, `hyp` and `seed`.
 
@@ -778,24 +778,26 @@ def train(
 def fast_path(train_loader, hyp):
     """What --compile adds: faster functions for `train`, compiled by torch (section 3.7).
 
-    All runs share the network for which they were compiled. On an NVIDIA GPU, a Triton kernel
-    augments the images. Needs the folder kernels/ next to this script.
+    All runs share the network for which they were compiled. On a GPU, a step is one CUDA graph, and
+    a Triton kernel augments the images. Needs the folder kernels/ next to this script.
     """
     try:
-        from kernels import compiled, faster_augment
+        from kernels import GraphedStep, compiled, faster_augment
     except ImportError as error:
         raise ImportError(f'--compile needs kernels/ next to this script ({error})') from error
 
     device = train_loader.device
-    net = make_net(hyp, train_loader.num_classes, device=device, dtype=train_loader.dtype)
-    if device.type == 'cuda':
-        train_loader.augment = faster_augment(train_loader)
-    return {
-        'net': net,
+    faster = {
+        'net': make_net(hyp, train_loader.num_classes, device=device, dtype=train_loader.dtype),
         'fused': True,
-        'forward': compiled(forward, device),
-        'compute_loss': compiled(compute_loss, device),
+        'forward': compiled(forward),
+        'compute_loss': compiled(compute_loss),
     }
+    if device.type == 'cuda':
+        step = GraphedStep(train_step, make_optimizer)
+        faster |= {'train_step': step, 'make_optimizer': step.make_optimizer}
+        train_loader.augment = faster_augment(train_loader)
+    return faster
 
 
 #### Helpers #######################################################################################
@@ -969,7 +971,7 @@ def warm_up(train_loader, test_loader, hyp, faster):
     few = copy.copy(train_loader)
     few.images = few.images[: 3 * few.batch_size]
     few.labels = torch.randint_like(few.labels[: 3 * few.batch_size], few.num_classes)
-    short = {'train_epochs': 2, 'whiten_bias_epochs': 1, 'lr': 0.01 * hyp['opt']['lr']}
+    short = {'train_epochs': 2, 'whiten_bias_epochs': 1}
     train(few, test_loader, hyp | {'opt': hyp['opt'] | short}, **faster)
 
 

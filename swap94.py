@@ -592,9 +592,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices, steps):
-    """Bring all singular values of matrices (..., rows, columns) near 1 (Newton-Schulz).
+    """Bring all singular values of matrices (N, rows, columns) near 1 (Newton-Schulz).
 
-    Three steps bring those above a hundredth of the largest to between 0.3 and 1.3.
+    Three steps bring those above 0.0075 of the Frobenius norm to between 0.3 and 1.3.
     """
     a, b, c = NEWTON_SCHULZ
     is_tall = matrices.shape[-2] > matrices.shape[-1]
@@ -602,7 +602,8 @@ def orthogonalize(matrices, steps):
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if is_tall else x
 
 
@@ -899,8 +900,31 @@ def start(train_loader, hyp, seed, ranks, net, make_net, init_whitening_conv):
     return net
 
 
-def train_step(net, optimizer, shards, label_smoothing, ranks, compute_loss=compute_loss):
-    """One step on a batch that `ranks` share.
+def compute_gradient(net, inputs, labels, size, label_smoothing, compute_loss=compute_loss):
+    """Forward and backward on a shard of a batch, with images of `size` pixels.
+
+    Returns (gradient, totals, losses): the gradient as a vector; a tensor (2,) with the summed loss
+    and the number of correct predictions; and each image's loss, without label smoothing.
+    """
+    loss, outputs = compute_loss(net, resize(inputs, size), labels, label_smoothing)
+    net.zero_grad(set_to_none=True)
+    loss.backward()
+    gradient = flatten([p.grad for p in net.parameters() if p.requires_grad])
+    totals = torch.stack((loss.detach(), (outputs.argmax(1) == labels).sum()))
+    return gradient, totals, F.cross_entropy(outputs.float(), labels, reduction='none')
+
+
+def train_step(
+    net,
+    optimizer,
+    shards,
+    size,
+    label_smoothing,
+    ranks,
+    compute_loss=compute_loss,
+    compute_gradient=compute_gradient,
+):
+    """One step on a batch that `ranks` share, with images of `size` pixels.
 
     Args:
         shards: this rank's part of the batch, a list of (inputs, labels). BatchNorm normalizes each
@@ -910,21 +934,21 @@ def train_step(net, optimizer, shards, label_smoothing, ranks, compute_loss=comp
         (totals, losses): a tensor (2,) with this rank's summed loss and its number of correct
         predictions, and the loss of each of its images, without label smoothing.
     """
-    trained = [p for p in net.parameters() if p.requires_grad]
-    is_whole_batch = ranks.size == 1 and len(shards) == 1  # then there is nothing to sum
-    totals = 0
     gradient = 0
+    totals = 0
     losses = []
     for inputs, labels in shards:
-        loss, outputs = compute_loss(net, inputs, labels, label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        totals = totals + torch.stack((loss.detach(), (outputs.argmax(1) == labels).sum()))
-        losses.append(F.cross_entropy(outputs.float(), labels, reduction='none'))
-        if not is_whole_batch:
-            gradient = gradient + flatten([p.grad for p in trained])
-    if not is_whole_batch:
-        unflatten(ranks.sum(gradient), [p.grad for p in trained])
+        shard_gradient, shard_totals, shard_losses = compute_gradient(
+            net, inputs, labels, size, label_smoothing, compute_loss
+        )
+        gradient = gradient + shard_gradient
+        totals = totals + shard_totals
+        losses.append(shard_losses)
+    net.zero_grad(set_to_none=True)  # a parameter that is frozen by now may still have a gradient
+    trained = [p for p in net.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.empty_like(p)
+    unflatten(ranks.sum(gradient), [p.grad for p in trained])
     optimizer.step()
     return totals, torch.cat(losses)
 
@@ -941,7 +965,7 @@ def fit(
     *,
     fused=None,
     make_optimizer=make_optimizer,
-    compute_loss=compute_loss,
+    **functions,
 ):
     """Train `net` for one phase. All `ranks` call this together, each with the same network.
 
@@ -949,6 +973,7 @@ def fit(
         losses: float (N,), the loss of each training image when it was last seen, by which we
             choose the images of an epoch; infinity where it was not seen yet.
         on_epoch: a function that gets each row of record['epochs'] as soon as it is there.
+        functions: train_step's compute_loss and compute_gradient, to replace those above.
 
     Returns:
         {'weights': a state dict, 'losses': as above, 'record': {'steps', 'seconds', 'epochs', and
@@ -981,9 +1006,9 @@ def fit(
         for _ in progress(range(steps), f'{phase}, epoch {epoch}'):
             size = image_size(record['steps'], total_steps, settings['growth'])
             net[0].bias.requires_grad = size < 32  # training it would cost a tenth of a step
-            parts = [(resize(inputs, size), labels) for inputs, labels in islice(batches, shards)]
+            parts = islice(batches, shards)
             step_totals, image_losses = train_step(
-                net, optimizer, parts, opt['label_smoothing'], ranks, compute_loss
+                net, optimizer, parts, size, opt['label_smoothing'], ranks, **functions
             )
             totals = totals + step_totals
             seen_losses.append(image_losses)
@@ -1183,8 +1208,8 @@ def train(
         checkpoints: an existing folder for the results of phase 1 and of each worker. If the run is
             killed, the same call continues from there.
         net: a network for the same `hyp`, to be used again; by default a new one is made.
-        functions: fit's fused, make_optimizer and compute_loss. These and the others replace the
-            functions above.
+        functions: fit's fused, make_optimizer, compute_loss and compute_gradient. These and the
+            others replace the functions above.
 
     Returns:
         (net, record). The record has 'seed', 'val_acc', 'tta_val_acc', 'seconds' (of the slowest
@@ -1266,8 +1291,9 @@ def train(
 def fast_path(train_loader, hyp):
     """What --compile adds: faster functions for `train`, compiled by torch (section 3.7).
 
-    All runs share the network for which they were compiled. On an NVIDIA GPU, Triton kernels
-    augment the images and average the workers. Needs the folder kernels/.
+    All runs share the network for which they were compiled. On a GPU, forward and backward are one
+    CUDA graph, and Triton kernels augment the images and average the workers. Needs the folder
+    kernels/ next to this script.
     """
     try:
         import kernels
@@ -1278,10 +1304,11 @@ def fast_path(train_loader, hyp):
     faster = {
         'net': make_net(hyp, train_loader.num_classes, device=device, dtype=train_loader.dtype),
         'fused': True,
-        'forward': kernels.compiled(forward, device),
-        'compute_loss': kernels.compiled(compute_loss, device),
+        'forward': kernels.compiled(forward),
+        'compute_loss': kernels.compiled(compute_loss),
     }
     if device.type == 'cuda':
+        faster['compute_gradient'] = kernels.GraphedStep(compute_gradient)
         train_loader.augment = kernels.faster_augment(train_loader)
         if train_loader.augment is kernels.flip_crop:  # then Triton's kernels work on this GPU
             faster['mean'] = kernels.mean
@@ -1464,7 +1491,7 @@ def warm_up(train_loader, test_loader, hyp, faster):
     """Train briefly on random labels, which compiles and loads everything that a run needs."""
     short = {}
     for phase in ('phase1', 'phase2'):
-        short[phase] = hyp[phase] | {'train_epochs': 2, 'tau': 1.0, 'lr': 0.01 * hyp[phase]['lr']}
+        short[phase] = hyp[phase] | {'train_epochs': 2, 'tau': 1.0}
     images = 3 * max(hyp['phase1']['batch_size'], hyp['phase2']['batch_size'])
     few = copy.copy(train_loader)
     few.images = few.images[:images]

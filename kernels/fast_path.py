@@ -1,7 +1,7 @@
-"""What a recipe's --compile uses: torch.compile with our settings, and flip_crop if it fits.
+"""What a recipe's --compile uses besides CUDA graphs (graph.py).
 
-forward = compiled(forward, device)
-loader.augment = faster_augment(loader)
+forward = compiled(forward)  # torch.compile with our settings
+loader.augment = faster_augment(loader)  # flip_crop if it fits
 """
 
 import copy
@@ -13,8 +13,8 @@ from torch._inductor import config as inductor_config
 from kernels.flip_crop import flip_crop, runs_on, triton
 
 
-def compiled(function, device):
-    """torch.compile(function), for inputs of fixed shapes on `device`.
+def compiled(function):
+    """torch.compile(function), for inputs of fixed shapes.
 
     This also changes settings of torch.compile for the whole process.
     """
@@ -22,11 +22,9 @@ def compiled(function, device):
         # Otherwise each process on this machine would use all cores to compile.
         processes = int(os.environ.get('LOCAL_WORLD_SIZE') or 1)
         inductor_config.compile_threads = max(1, min(32, os.cpu_count() // processes))
-    # Otherwise torch prints a table for each operation that it tunes.
-    inductor_config.autotune_num_choices_displayed = 0
-    inductor_config.max_autotune_report_choices_stats = False
-    mode = 'max-autotune' if torch.device(device).type == 'cuda' else 'default'
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+    # Otherwise torch 2.11 does not notice that a bias is frozen, and goes on training it.
+    torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def faster_augment(loader):

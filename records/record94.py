@@ -612,9 +612,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices, steps):
-    """Bring all singular values of matrices (..., rows, columns) near 1 (Newton-Schulz).
+    """Bring all singular values of matrices (N, rows, columns) near 1 (Newton-Schulz).
 
-    Three steps bring those above a hundredth of the largest to between 0.3 and 1.3.
+    Three steps bring those above 0.0075 of the Frobenius norm to between 0.3 and 1.3.
     """
     a, b, c = NEWTON_SCHULZ
     is_tall = matrices.shape[-2] > matrices.shape[-1]
@@ -622,7 +622,8 @@ def orthogonalize(matrices, steps):
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if is_tall else x
 
 
@@ -838,14 +839,16 @@ def hardest(order, losses, n):
 #### Training ######################################################################################
 
 
-def train_step(net, optimizer, inputs, labels, label_smoothing, compute_loss=compute_loss):
-    """Take one step. Returns what compute_loss does; the outputs are valid until the next step."""
-    loss, outputs = compute_loss(net, inputs, labels, label_smoothing)
+def train_step(net, optimizer, inputs, labels, size, label_smoothing, compute_loss=compute_loss):
+    """Take one step with images of `size` pixels.
+
+    Returns (summed loss, outputs, each image's loss without label smoothing), all detached.
+    """
+    loss, outputs = compute_loss(net, resize(inputs, size), labels, label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    # A clone, because the next call of a CUDA graph overwrites the original.
-    return loss.detach().clone(), outputs
+    return loss.detach(), outputs, F.cross_entropy(outputs.float(), labels, reduction='none')
 
 
 def train(
@@ -862,6 +865,7 @@ def train(
     make_optimizer=make_optimizer,
     forward=forward,
     compute_loss=compute_loss,
+    train_step=train_step,
 ):
     """Train a network. The result depends only on the loaders, `hyp` and `seed`.
 
@@ -921,11 +925,11 @@ def train(
         for inputs, labels in progress(batches, f'epoch {epoch}', steps):
             size = image_size(step, total_steps, hyp['growth'])
             net[0].bias.requires_grad = size < 32  # to train it takes a tenth of a step
-            loss, outputs = train_step(
-                net, optimizer, resize(inputs, size), labels, opt['label_smoothing'], compute_loss
+            loss, outputs, each_loss = train_step(
+                net, optimizer, inputs, labels, size, opt['label_smoothing'], compute_loss
             )
             losses.append(loss)
-            seen_losses.append(F.cross_entropy(outputs.float(), labels, reduction='none'))
+            seen_losses.append(each_loss)
             scheduler.step()
             step += 1
             if step % opt['average']['every'] == 0:
@@ -975,25 +979,27 @@ def train(
 def fast_path(train_loader, hyp):
     """What --compile adds: faster functions for `train`, compiled by torch (section 3.7).
 
-    All runs share the network for which they were compiled. On an NVIDIA GPU, a Triton kernel
-    augments the images. Needs the folder kernels/ next to records/.
+    All runs share the network for which they were compiled. On a GPU, a step is one CUDA graph, and
+    a Triton kernel augments the images. Needs the folder kernels/ next to records/.
     """
     sys.path.append(str(Path(__file__).resolve().parent.parent))  # where kernels/ is
     try:
-        from kernels import compiled, faster_augment
+        from kernels import GraphedStep, compiled, faster_augment
     except ImportError as error:
         raise ImportError(f'--compile needs kernels/ next to records/ ({error})') from error
 
     device = train_loader.device
-    net = make_net(hyp, train_loader.num_classes, device=device, dtype=train_loader.dtype)
-    if device.type == 'cuda':
-        train_loader.augment = faster_augment(train_loader)
-    return {
-        'net': net,
+    faster = {
+        'net': make_net(hyp, train_loader.num_classes, device=device, dtype=train_loader.dtype),
         'fused': True,
-        'forward': compiled(forward, device),
-        'compute_loss': compiled(compute_loss, device),
+        'forward': compiled(forward),
+        'compute_loss': compiled(compute_loss),
     }
+    if device.type == 'cuda':
+        step = GraphedStep(train_step, make_optimizer)
+        faster |= {'train_step': step, 'make_optimizer': step.make_optimizer}
+        train_loader.augment = faster_augment(train_loader)
+    return faster
 
 
 #### Helpers #######################################################################################
@@ -1167,7 +1173,7 @@ def warm_up(train_loader, test_loader, hyp, faster):
     few = copy.copy(train_loader)
     few.images = few.images[: 3 * few.batch_size]
     few.labels = torch.randint_like(few.labels[: 3 * few.batch_size], few.num_classes)
-    short = {'train_epochs': 2, 'whiten_bias_epochs': 1, 'lr': 0.01 * hyp['opt']['lr']}
+    short = {'train_epochs': 2, 'whiten_bias_epochs': 1}
     train(few, test_loader, hyp | {'opt': hyp['opt'] | short}, **faster)
 
 

@@ -45,7 +45,7 @@ def make_steps(recipe):
 
     return {
         'eager': make_step(recipe.compute_loss),
-        'compiled': make_step(compiled(recipe.compute_loss, 'cpu'), fused=True),
+        'compiled': make_step(compiled(recipe.compute_loss), fused=True),
     }
 
 

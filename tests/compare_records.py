@@ -55,9 +55,8 @@ def step_of(recipe, trains_bias, size, torchs=False):
 
     def step():
         inputs, labels = next(iter(loader))
-        if size < 32:
-            inputs = recipe.resize(inputs, size)
-        recipe.train_step(net, optimizer, inputs, labels, smoothing)
+        sizes = [size] if hasattr(recipe, 'resize') else []
+        recipe.train_step(net, optimizer, inputs, labels, *sizes, smoothing)
 
     return step
 

@@ -97,7 +97,7 @@ def test_resnet9_trains_in_half_precision_on_its_device(dtype):
     if dtype == torch.bfloat16:
         net.autocast = False  # torch.autocast has no meta device
         shards = [(x.float(), y) for x, y in shards]
-    totals, losses = swap94.train_step(net, optimizer, shards, 0.0, swap94.Ranks())
+    totals, losses = swap94.train_step(net, optimizer, shards, 32, 0.0, swap94.Ranks())
     assert totals.device.type == losses.device.type == 'meta'
 
 
@@ -111,7 +111,7 @@ def test_a_step_of_resnet9_is_sgds_on_the_mean_loss():
     lr, decay = hyp['opt']['lr'], 5e-4
     sgd = torch.optim.SGD(theirs.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=decay)
     for step in range(2):
-        swap94.train_step(ours, optimizer, [(inputs, labels)], 0.0, swap94.Ranks())
+        swap94.train_step(ours, optimizer, [(inputs, labels)], 32, 0.0, swap94.Ranks())
         scheduler.step()
         for group in sgd.param_groups:
             group['lr'] = lr * (1 - step / 10)
