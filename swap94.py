@@ -627,18 +627,24 @@ class Muon(torch.optim.SGD):
     def orthogonalize_gradients(self, group):
         """Replace the gradients of a group, and scale its filters to their norm."""
         momentum = group['filter_momentum']
+        layers = group['params']
+        gradients = [filters.grad for filters in layers]
+        for filters in layers:
+            if 'velocity' not in self.state[filters]:
+                self.state[filters]['velocity'] = torch.zeros_like(filters)
+        velocities = [self.state[filters]['velocity'] for filters in layers]
+        torch._foreach_mul_(velocities, momentum)
+        torch._foreach_add_(velocities, gradients)
+        torch._foreach_add_(gradients, velocities, alpha=momentum)
+        for filters, norm in zip(layers, torch._foreach_norm(layers)):
+            filters.mul_(len(filters) ** 0.5 / norm)
+
         by_shape = {}
-        for filters in group['params']:
-            state = self.state[filters]
-            if 'velocity' not in state:
-                state['velocity'] = torch.zeros_like(filters)
-            velocity = state['velocity'].mul_(momentum).add_(filters.grad)
-            filters.grad.add_(velocity, alpha=momentum)
-            filters.mul_(len(filters) ** 0.5 / filters.norm())
-            by_shape.setdefault(filters.shape, []).append(filters.grad)
-        for shape, gradients in by_shape.items():
-            matrices = torch.stack([gradient.flatten(1) for gradient in gradients])
-            for gradient, matrix in zip(gradients, orthogonalize(matrices, group['newton_schulz'])):
+        for gradient in gradients:
+            by_shape.setdefault(gradient.shape, []).append(gradient)
+        for shape, alike in by_shape.items():
+            matrices = torch.stack([gradient.flatten(1) for gradient in alike])
+            for gradient, matrix in zip(alike, orthogonalize(matrices, group['newton_schulz'])):
                 gradient.copy_(matrix.view(shape))
 
 

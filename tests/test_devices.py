@@ -8,7 +8,7 @@ import airbench94
 import airbench95
 import airbench96
 from airbench94 import hyp, make_net, make_optimizer, train, train_step
-from kernels import faster_augment
+from kernels import GraphedStep, faster_augment
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 
@@ -67,10 +67,20 @@ def test_cuda_batches_equal_the_cpus(fast):
 
 @needs_cuda
 def test_cuda_trains_as_the_cpu_does(narrow, monkeypatch):
+    """From the CPU's whitening, since random patches have eigenvalues that are nearly equal."""
     narrow['opt']['train_epochs'] = 1.0
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
-    net, record = train(*make_loaders(), narrow)
-    gpu_net, gpu_record = train(*make_loaders(device='cuda'), narrow)
+    whitened = make_net(narrow, device='cpu', dtype=torch.float32)[0]
+    loaders = make_loaders()
+    images = loaders[0].normalize(loaders[0].images)
+    airbench94.init_whitening_conv(whitened, images, narrow['net']['whiten_eps'])
+
+    def copy_filters(layer, images, eps):
+        layer.weight.data.copy_(whitened.weight)
+
+    net, record = train(*loaders, narrow, init_whitening_conv=copy_filters)
+    on_cuda = make_loaders(device='cuda')
+    gpu_net, gpu_record = train(*on_cuda, narrow, init_whitening_conv=copy_filters)
     loss, gpu_loss = (r['epochs'][0]['train_loss'] for r in (record, gpu_record))
     assert gpu_loss == pytest.approx(loss, rel=1e-3)
     for key, value in net.state_dict().items():
@@ -79,19 +89,26 @@ def test_cuda_trains_as_the_cpu_does(narrow, monkeypatch):
 
 
 @needs_cuda
-def test_no_step_waits_for_cuda():
+@pytest.mark.parametrize('graphed', [False, True])
+def test_no_step_waits_for_cuda(graphed):
     loader, _ = make_loaders(device='cuda', dtype=torch.float16)
     loader.augment = faster_augment(loader)
     batches = iter(loader)
     net = make_net(hyp, device='cuda', dtype=torch.float16)
-    optimizer, scheduler = make_optimizer(net, hyp, total_steps=10)
+    step, prepare = train_step, make_optimizer
+    if graphed:
+        step = GraphedStep(train_step, make_optimizer)
+        prepare = step.make_optimizer
+    optimizer, scheduler = prepare(net, hyp, total_steps=10, fused=True)
     weights = state_of(net)
     averages = [value.clone() for value in weights]
-    next(batches)  # the epoch's draws are copied to the device before its first step
+    smoothing = hyp['opt']['label_smoothing']
+    # Before the first step, the epoch's draws are copied to the device, and a graph is recorded.
+    step(net, optimizer, *next(batches), smoothing)
     try:
         torch.cuda.set_sync_debug_mode('error')
         for inputs, labels in batches:
-            train_step(net, optimizer, inputs, labels, hyp['opt']['label_smoothing'])
+            step(net, optimizer, inputs, labels, smoothing)
             scheduler.step()
             airbench94.lookahead(averages, weights, decay=0.5)
     finally:
