@@ -1,6 +1,7 @@
 """Graphed steps train as eager ones do. Without a GPU, a "graph" calls the function again."""
 
 from contextlib import contextmanager
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -12,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 import airbench94
 import swap94
-from kernels import GraphedStep, graph
+from kernels import GraphedStep, compiled, flip_crop, graph, mean
 from lab.options import override
+from lab.training import is_kernel
 from records import record94
 
 FLOAT64 = {'device': torch.device('cpu'), 'dtype': torch.float64}
@@ -97,6 +99,16 @@ def test_the_warm_up_records_all_that_a_run_needs(recipe):
     assert capture.count == 2
 
 
+def test_a_graph_of_a_compiled_step_trains_its_own_variant():
+    """torch 2.11 would go on training a bias that is frozen by now, without our setting."""
+    torch._dynamo.reset()
+    trainings = Trainings(airbench94, Capture())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, 'compile', partial(torch.compile, backend='aot_eager'))
+        trainings.graphed['compute_loss'] = compiled(airbench94.compute_loss)
+    trainings.assert_equal(seed=0)
+
+
 @each_recipe
 def test_a_graph_that_does_nothing_is_noticed(recipe):
     trainings = Trainings(recipe, StaleCapture())
@@ -115,6 +127,13 @@ def test_other_settings_and_other_networks_are_recorded_anew():
     trainings.graphed['net'] = airbench94.make_net(trainings.hyp, 10, **FLOAT64)
     trainings.assert_equal(seed=0)
     assert capture.count == 4 * 2
+
+
+def test_a_graph_is_no_triton_kernel():
+    """Otherwise `lab run --compile --kernels off` would go without it."""
+    step = GraphedStep(airbench94.train_step, airbench94.make_optimizer, Capture())
+    assert not is_kernel(step) and not is_kernel(step.make_optimizer)
+    assert is_kernel(flip_crop) and is_kernel(mean)
 
 
 def test_results_stay_as_they_are():
