@@ -8,6 +8,7 @@ time says nothing about them. A time is from a call until the device has finishe
 """
 
 import argparse
+import math
 import statistics
 import time
 from functools import partial
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels.flip_crop import flip_crop, flip_crop_ref
-from kernels.weight_average import lookahead, lookahead_ref, mean, mean_ref
+from kernels.weight_average import lookahead, lookahead_ref, mean, mean_ref, prepare_lookahead
 
 #### Timing ########################################################################################
 
@@ -76,6 +77,12 @@ def compare(title, methods, moved, rounds, device):
 
 #### Counting ######################################################################################
 
+# How torch splits lists of tensors on CUDA (ATen/native/cuda/MultiTensorApply.cuh). torch 2.14 for
+# CUDA 13 takes seven times as many tensors and blocks in a launch.
+CHUNK = 65536  # elements that a block takes
+MAX_BLOCKS = 320  # in a launch
+MAX_TENSORS = (110, 64, 48, 36, 30)  # in a launch, for 1 to 5 lists
+
 
 def count_bytes(tensor):
     """The tensor's bytes in memory, where an expanded dimension takes no more of them."""
@@ -86,10 +93,80 @@ def count_bytes(tensor):
     return elements * tensor.element_size()
 
 
-class Traffic(TorchDispatchMode):
-    """Counts the operators that compute, and the bytes that they read and write on a GPU.
+def is_list(value):
+    """Whether an argument or a result is a list of tensors."""
+    if not isinstance(value, (list, tuple)) or len(value) == 0:
+        return False
+    return all(isinstance(item, torch.Tensor) for item in value)
 
-    An operator takes at least one launch there.
+
+def strides(tensor):
+    """The strides that matter: those of dimensions with more than one element."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride()) if size != 1]
+
+
+def are_alike(lists, name):
+    """Whether CUDA takes these lists of an operator together, and not one tensor after another."""
+    for tensors in lists:
+        for tensor, first in zip(tensors, lists[0]):
+            without_gaps = torch.empty_like(tensor, device='meta')
+            if strides(tensor) != strides(without_gaps):
+                return False
+            if tensor.shape != first.shape or strides(tensor) != strides(first):
+                return False
+    if name == '_foreach_copy_':  # it may copy from one dtype to another
+        return all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in lists)
+    return len({tensor.dtype for tensors in lists for tensor in tensors}) == 1
+
+
+def count_list_launches(name, lists, results):
+    """The launches of an operator on lists of tensors, as CUDA makes them.
+
+    A launch has limited room for tensors and for blocks. A large tensor may need several launches.
+    """
+    sizes = [tensor.numel() for tensor in lists[0] if tensor.numel() > 0]
+    if not are_alike(lists, name):
+        return len(sizes)
+    max_tensors = MAX_TENSORS[len(lists) + len(results) - 1]
+    launches = 0
+    tensors = 0
+    blocks = 0
+    for size in sizes:
+        tensors += 1
+        chunks = math.ceil(size / CHUNK)
+        for chunk in range(1, chunks + 1):
+            blocks += 1
+            is_last = chunk == chunks
+            if blocks == MAX_BLOCKS or (is_last and tensors == max_tensors):
+                launches += 1
+                blocks = 0
+                tensors = 0 if is_last else 1
+    if blocks > 0:
+        launches += 1
+    return launches
+
+
+def count_operator_launches(operator, args, result):
+    """The launches of an operator on CUDA, or fewer: some, such as sort, take several."""
+    name = operator.overloadpacket.__name__
+    if operator.is_view or torch.Tag.inplace_view in operator.tags:  # such as resize_ and set_
+        return 0
+    if name == '_unsafe_view' or name.startswith(('empty', 'new_empty')):
+        return 0
+    if not any(isinstance(value, torch.Tensor) for value in tree_leaves((args, result))):
+        return 0  # for example the profiler's marks
+    if name.startswith('_foreach_') or name == '_fused_sgd_':
+        lists = [value for value in args if is_list(value)]
+        results = [result] if is_list(result) else []
+        return count_list_launches(name, lists, results)
+    return 1
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what torch's operators launch on CUDA, and the bytes that they read and write.
+
+    See `count_launches`. For the bytes, we take it that an operator reads all its tensors, and
+    writes its result, or its first argument if it works in place.
     """
 
     def __init__(self):
@@ -98,10 +175,19 @@ class Traffic(TorchDispatchMode):
         self.bytes = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
-        name = operator.overloadpacket.__name__
-        if operator.is_view or name.startswith('empty'):
+        kwargs = kwargs or {}
+        with self:  # in inference mode, operators come as they are called, such as reshape
+            result = operator.decompose(*args, **kwargs)
+        if result is not NotImplemented:
             return result
+        result = operator(*args, **kwargs)
+        launches = count_operator_launches(operator, args, result)
+        if launches > 0:
+            self.launches += launches
+            self.count_operator_bytes(operator.overloadpacket.__name__, args, result)
+        return result
+
+    def count_operator_bytes(self, name, args, result):
         read = [value for value in tree_leaves(args) if isinstance(value, torch.Tensor)]
         written = result
         if name in ('index', 'index_select', 'gather'):  # reads only a part of its first
@@ -110,12 +196,12 @@ class Traffic(TorchDispatchMode):
             written = read[-1]
             read = read[1:]
         elif name.endswith('_'):
-            written = read[0]
-        if name == 'index':
+            written = args[0]
+        if name == 'index' and not any(index.dtype == torch.bool for index in read[1:]):
             read[1:] = self.write_out(read[1:])
-        self.launches += 1
-        self.bytes += sum(count_bytes(tensor) for tensor in [*read, written])
-        return result
+        for value in [*read, *tree_leaves(written)]:
+            if isinstance(value, torch.Tensor):
+                self.bytes += count_bytes(value)
 
     def write_out(self, indices):
         """Count what CUDA writes to give an operator's index tensors one shape in memory."""
@@ -128,6 +214,24 @@ class Traffic(TorchDispatchMode):
                 self.bytes += count_bytes(index)
             whole.append(index)
         return whole
+
+
+def count_launches(function):
+    """How many launches torch's operators in function() take on CUDA, on whatever device it runs.
+
+    It is a lower bound: we count one launch for most operators, but CUDA takes more for some, such
+    as a sort or an index that is a mask. Views and empty tensors take none. `torch._foreach` and
+    fused SGD launch once for up to 30 to 110 tensors if they are alike, and otherwise once for
+    each.
+
+    Optimizers choose their way by the device. On a CPU, pass foreach=True or fused=True to get the
+    operators of CUDA: torch.optim.SGD's default is foreach=True there, and foreach=False here.
+
+    It sees neither Triton kernels nor what torch.compile has compiled.
+    """
+    with Traffic() as traffic:
+        function()
+    return traffic.launches
 
 
 #### flip_crop #####################################################################################
@@ -284,6 +388,7 @@ def benchmark_weight_average(device):
     }
     if device.type == 'cuda':
         lookaheads['kernel'] = partial(lookahead, averages, weights, 0.5)
+        lookaheads['prepared'] = partial(prepare_lookahead(averages, weights), 0.5)
         means['kernel'] = partial(mean, averages, networks)
     compare('lookahead', lookaheads, 4 * size, 1 + ROUNDS, device)
     compare(f'mean of {NETWORKS}', means, (NETWORKS + 1) * size, 1 + ROUNDS, device)

@@ -129,12 +129,17 @@ def _flip_crop_kernel(
 #### Launcher ######################################################################################
 
 
+if triton is None:
+    DEVICE_TYPE = None
+elif isinstance(_flip_crop_kernel, triton.JITFunction):
+    DEVICE_TYPE = 'cuda'
+else:  # Triton's interpreter
+    DEVICE_TYPE = 'cpu'
+
+
 def runs_on(device):
     """Whether the kernel runs on `device`: a GPU, or the CPU with Triton's interpreter."""
-    if triton is None:
-        return False
-    is_compiled = isinstance(_flip_crop_kernel, triton.JITFunction)
-    return device.type == ('cuda' if is_compiled else 'cpu')
+    return device.type == DEVICE_TYPE
 
 
 def check_tensor(name, tensor, dtype, shape, device):

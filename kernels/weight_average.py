@@ -1,6 +1,8 @@
 """Average the weights of whole networks in one launch: any number of tensors, dtypes mixed.
 
-    lookahead(averages, weights, decay)  # averages <- lerp(averages, weights, 1 - decay), and back
+    step = prepare_lookahead(averages, weights)
+    step(decay)                          # averages <- lerp(averages, weights, 1 - decay), and back
+    lookahead(averages, weights, decay)  # the same, if you need it only once
     mean(averages, networks)             # averages <- the mean of the networks, as in SWAP
 
 Why: airbench94's weights and running statistics are 33 tensors, 4 MB in all. The published
@@ -14,9 +16,9 @@ program takes a row, computes in float32, and rounds once. If all addresses are 
 bytes and all tensors have a multiple of 8 elements, loads and stores are 16 bytes wide. A single
 other tensor makes all of them narrow. The README.md in this folder has registers and instructions.
 
-A bound, not a measurement: airbench94's 16 MB take 11 microseconds at 1.5 TB/s. Most of a call is
-CPU time, for the checks and for finding the table: 0.20 ms on an H200, where torch._foreach takes
-0.07 ms. To average eight networks takes 0.61 ms there, and 1.22 ms in plain torch.
+A bound, not a measurement: airbench94's 16 MB take 11 microseconds at 1.5 TB/s. The CPU takes
+longer than that to check the tensors and to find the table, so prepare_lookahead does it once. We
+have not timed a prepared step on a GPU.
 """
 # ruff: noqa: N803 - a kernel's constants are in capitals, as in Triton's own tutorials
 
@@ -123,44 +125,56 @@ def _lerp_kernel(table, share, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 
 @jit
 def _mean_block(
-    row, networks, count, kind: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+    row,
+    count,
+    kind: tl.constexpr,
+    NETWORKS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     place = tl.arange(0, BLOCK)
     mask = place < count
     weights = _pointer(tl.load(row + 1), kind, ALIGNED)
     result = tl.load(weights + place, mask=mask).to(tl.float32)
-    for n in range(1, networks):
+    for n in range(1, NETWORKS):
         weights = _pointer(tl.load(row + 1 + n), kind, ALIGNED)
         weight = tl.load(weights + place, mask=mask).to(tl.float32)
-        result = _lerp(result, weight, 1.0 / (n + 1))
+        # On NVIDIA, Triton's plain division may be off by two units in the last place.
+        share = tl.div_rn(1.0, tl.cast(n + 1, tl.float32))
+        result = _lerp(result, weight, share)
     averages = _pointer(tl.load(row), kind, ALIGNED)
     tl.store(averages + place, result.to(kind), mask=mask)
 
 
 @jit
-def _mean_kernel(table, networks, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    row = table + tl.program_id(0) * (networks + 3)
-    count = tl.load(row + networks + 1)
-    kind = tl.load(row + networks + 2)
+def _mean_kernel(table, NETWORKS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    row = table + tl.program_id(0) * (NETWORKS + 3)
+    count = tl.load(row + NETWORKS + 1)
+    kind = tl.load(row + NETWORKS + 2)
     if ALIGNED:
         count = tl.multiple_of(count, 8)
     if kind == 0:
-        _mean_block(row, networks, count, tl.float32, ALIGNED, BLOCK)
+        _mean_block(row, count, tl.float32, NETWORKS, ALIGNED, BLOCK)
     elif kind == 1:
-        _mean_block(row, networks, count, tl.float16, ALIGNED, BLOCK)
+        _mean_block(row, count, tl.float16, NETWORKS, ALIGNED, BLOCK)
     else:
-        _mean_block(row, networks, count, tl.bfloat16, ALIGNED, BLOCK)
+        _mean_block(row, count, tl.bfloat16, NETWORKS, ALIGNED, BLOCK)
 
 
 #### Launchers #####################################################################################
 
 
+if triton is None:
+    DEVICE_TYPE = None
+elif isinstance(_lerp_kernel, triton.JITFunction):
+    DEVICE_TYPE = 'cuda'
+else:  # Triton's interpreter
+    DEVICE_TYPE = 'cpu'
+
+
 def runs_on(device):
     """Whether the kernels run on `device`: a GPU, or the CPU with Triton's interpreter."""
-    if triton is None:
-        return False
-    is_compiled = isinstance(_lerp_kernel, triton.JITFunction)
-    return device.type == ('cuda' if is_compiled else 'cpu')
+    return device.type == DEVICE_TYPE
 
 
 def have_one_layout(a, b):
@@ -176,16 +190,18 @@ def check(averages, weights):
 
     Raise RuntimeError if the kernels cannot run on their device.
     """
-    if triton is None or (averages and not runs_on(averages[0].device)):
-        raise RuntimeError('averaging needs Triton and a GPU, or TRITON_INTERPRET=1 at its import')
     if len(averages) != len(weights):
         raise ValueError(f'lists of {len(averages)} and {len(weights)} tensors')
+    if not averages:
+        raise ValueError('there is no tensor to average')
+    device = averages[0].device
+    if not runs_on(device):
+        raise RuntimeError('averaging needs Triton and a GPU, or TRITON_INTERPRET=1 at its import')
     for i, (a, b) in enumerate(zip(averages, weights)):
         if a.shape != b.shape:
             raise ValueError(f'tensor {i}: shapes {tuple(a.shape)} and {tuple(b.shape)} differ')
         if a.dtype != b.dtype or a.dtype not in KINDS:
             raise ValueError(f'tensor {i}: {a.dtype} and {b.dtype}; must be equal, one of {KINDS}')
-        device = averages[0].device
         if a.device != device or b.device != device:
             raise ValueError(f'tensor {i}: on {a.device} and {b.device}, tensor 0 is on {device}')
         if not have_one_layout(a, b):
@@ -214,38 +230,54 @@ def make_table(tensors, device):
     return torch.tensor(table, dtype=torch.int64, device=device)
 
 
-def launch(kernel, lists, *args, **constants):
-    """Run the kernel on every block of matching lists of tensors; it writes to the first list."""
-    tensors = []
-    is_aligned = True
-    for same in zip(*lists):  # the tensors at one place in all lists
-        addresses = [tensor.data_ptr() for tensor in same]
-        count = same[0].numel()
-        tensors.append((*addresses, count, KINDS.index(same[0].dtype)))
-        if count % 8 != 0 or any(address % 16 != 0 for address in addresses):
-            is_aligned = False
-    first = lists[0][0]
-    table = make_table(tuple(tensors), first.device)
-    if len(table) == 0:
-        return
-    with torch.cuda.device_of(first):  # Triton launches on the current device
-        kernel[(len(table),)](table, *args, **constants, ALIGNED=is_aligned, BLOCK=BLOCK, **OPTIONS)
+class Launcher:
+    """Runs a kernel on every block of matching lists of tensors; it writes to the first list.
+
+    It does everything but the launch here, once. A call passes its arguments on to the kernel.
+    """
+
+    def __init__(self, kernel, lists, **constants):
+        tensors = []
+        is_aligned = True
+        for same in zip(*lists):  # the tensors at one place in all lists
+            addresses = [tensor.data_ptr() for tensor in same]
+            count = same[0].numel()
+            tensors.append((*addresses, count, KINDS.index(same[0].dtype)))
+            if count % 8 != 0 or any(address % 16 != 0 for address in addresses):
+                is_aligned = False
+        self.table = make_table(tuple(tensors), lists[0][0].device)
+        # The kernel writes to these addresses as long as this object is in use. detach() keeps the
+        # memory there, even if a tensor moves, as the weights do in net.to(...).
+        self.memory = [tensor.detach() for tensors in lists for tensor in tensors]
+        self.blocks = len(self.table)
+        self.kernel = kernel[(self.blocks,)]
+        self.constants = {**constants, 'ALIGNED': is_aligned, 'BLOCK': BLOCK, **OPTIONS}
+
+    @torch.compiler.disable  # it would not see what a kernel writes to by addresses
+    def __call__(self, *args):
+        if self.blocks == 0:  # all tensors are empty
+            return
+        with torch.cuda.device_of(self.table):  # Triton launches on the current device
+            self.kernel(self.table, *args, **self.constants)
 
 
-# Not in a CUDA graph, since a table holds the addresses of one call.
-UNSAFE = torch.Tag.cudagraph_unsafe
+def prepare_lookahead(averages, weights):
+    """Return step(decay), which does what lookahead(averages, weights, decay) does.
 
+    We check the tensors here, once, so a step only launches the kernel. It works in the memory that
+    the tensors have now. If they move, as the weights do in net.to(...), prepare it again.
 
-@torch.library.custom_op('airbench::lerp', mutates_args=('averages', 'weights'), tags=(UNSAFE,))
-def _lerp_lists(averages: list[torch.Tensor], weights: list[torch.Tensor], share: float) -> None:
-    launch(_lerp_kernel, [averages, weights], share)
+    Raises the same errors as `lookahead`.
+    """
+    averages = list(averages)
+    weights = list(weights)
+    check(averages, weights)
+    launch = Launcher(_lerp_kernel, [averages, weights])
 
+    def step(decay):
+        launch(float(1 - decay))
 
-@torch.library.custom_op('airbench::mean', mutates_args=('averages',), tags=(UNSAFE,))
-def _mean_lists(averages: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
-    size = len(averages)
-    networks = [weights[i : i + size] for i in range(0, len(weights), size)]
-    launch(_mean_kernel, [averages, *networks], len(networks))
+    return step
 
 
 def lookahead(averages, weights, decay):
@@ -256,15 +288,14 @@ def lookahead(averages, weights, decay):
     Raises ValueError, which names the tensor, if they do not match in shape, dtype, device and
     memory layout (contiguous or channels_last), and RuntimeError without Triton or without a GPU.
     """
-    averages = list(averages)
-    weights = list(weights)
-    check(averages, weights)
-    if averages:
-        _lerp_lists(averages, weights, 1 - decay)
+    step = prepare_lookahead(averages, weights)
+    step(decay)
 
 
 def mean(averages, networks):
     """averages <- the mean of the networks, a list of lists of tensors, computed in float32.
+
+    Triton compiles it once for each number of networks.
 
     Raises the same errors as `lookahead`, and ValueError if there is no network.
     """
@@ -274,5 +305,5 @@ def mean(averages, networks):
         raise ValueError('there is no network to average')
     for weights in networks:
         check(averages, weights)
-    if averages:
-        _mean_lists(averages, [weight for weights in networks for weight in weights])
+    launch = Launcher(_mean_kernel, [averages, *networks], NETWORKS=len(networks))
+    launch()
