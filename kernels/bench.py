@@ -176,10 +176,13 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        with self:  # in inference mode, operators come as they are called, such as reshape
-            result = operator.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), 'CPU'):
+            # In inference mode, we see what is called, such as reshape, and count its parts. What
+            # has a kernel on the CPU has one on CUDA too, even if it could be taken apart.
+            with self:
+                result = operator.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         result = operator(*args, **kwargs)
         launches = count_operator_launches(operator, args, result)
         if launches > 0:

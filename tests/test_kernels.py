@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, make_loaders
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -646,6 +647,23 @@ def test_an_operator_with_a_mask_and_an_index_is_counted():
 
 def test_what_inference_mode_calls_a_view_is_counted_if_it_copies():
     assert bench.count_launches(reshape_and_convert) == 2
+
+
+def test_an_operator_with_a_kernel_of_its_own_is_counted_once():
+    """torch could also take them apart: silu's gradient and BatchNorm."""
+    inputs = torch.zeros(4, 3, 2, 2, device='meta', requires_grad=True)
+    ones = torch.ones(3, device='meta')
+
+    def train():
+        outputs = F.silu(F.batch_norm(inputs, ones, ones, training=True))
+        torch.autograd.grad(outputs, inputs, torch.empty_like(outputs))
+
+    def infer():
+        with torch.inference_mode():
+            F.silu(F.batch_norm(inputs.detach(), ones, ones))
+
+    assert bench.count_launches(train) == 4
+    assert bench.count_launches(infer) == 2
 
 
 def meta_tensors(n, shape=(4, 3, 2, 2), dtype=torch.float32):
