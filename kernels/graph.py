@@ -5,7 +5,7 @@
     loss, outputs = step(net, optimizer, inputs, labels, label_smoothing)
     scheduler.step()
 
-Why: a step of airbench94 launches at least 88 kernels, one of records/record94.py at least 235
+Why: a step of airbench94 launches at least 88 kernels, one of records/record94.py at least 199
 (counted by `count_launches` in bench.py). Many of them take less time than their launch, so that a
 fast GPU waits for the CPU. A CUDA graph is a list of launches that was recorded once. To replay it
 takes one launch.
