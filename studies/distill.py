@@ -37,7 +37,14 @@ from studies.common import (
 )
 from studies.modes import NETS, cross_entropy, loaders_of, make_network, train_by_steps
 from studies.networks import make_student
-from studies.svcca import compared_images, draw_matrices, observe, similarities
+from studies.svcca import (
+    compared_images,
+    draw_matrices,
+    has_noise,
+    noise_floors,
+    observe,
+    similarities,
+)
 
 SCALES = {
     'paper': {
@@ -111,14 +118,16 @@ def train_cell(cell, seed, place):
     losses = {'labels': cross_entropy, 'teacher': distillation(teacher, settings['temperature'])}
     images = compared_images(place)
     of_teacher = observe(teacher, images)
-    found = {'teacher_acc': airbench94.evaluate(teacher, tests)}
+    found = {'teacher_acc': airbench94.evaluate(teacher, tests), 'noise': {}}
     for name, loss in losses.items():
         options = {'seed': seed, 'device': place.device, 'dtype': place.dtype}
         student = make_student(place.num_classes, share=settings['share'], **options)
         loader.epoch = 0  # both students see the same images in the same order
         train_by_steps(student, loader, settings['student_lr'], settings['epochs'], loss)
-        alike = similarities(observe(student, images), of_teacher)
+        layers = observe(student, images), of_teacher
+        alike = similarities(*layers)
         found[name] = {'val_acc': airbench94.evaluate(student, tests), 'similarities': alike}
+        found['noise'][name] = noise_floors(*layers, seed)
     return found
 
 
@@ -134,6 +143,17 @@ def gains_of(records):
     return np.array(found)
 
 
+def gains_of_noise(records):
+    """What noise with as many directions would gain: (student's layers,), in the mean of the seeds.
+
+    None if the records are old, and have no noise floors.
+    """
+    if not has_noise(records):
+        return None
+    floors = {n: np.mean([record['noise'][n] for record in records], axis=(0, 2)) for n in STUDENTS}
+    return floors['teacher'] - floors['labels']
+
+
 def print_table(records):
     print(f'accuracy in %, n={len(records)}, with its 95% interval               of the paper:')
     accuracies = {'labels': [100 * record['labels']['val_acc'] for record in records]}
@@ -145,23 +165,30 @@ def print_table(records):
     print(f'teacher {"":16} {mean:6.2f} +-{half:5.2f}')
     p = paired_p(accuracies['teacher'], accuracies['labels'])
     print(f'teacher better than labels: one-sided p={p:.2g}')
-    gains = gains_of(records)
+    gains, of_noise = gains_of(records), gains_of_noise(records)
     print("\nsimilarity to the teacher's layers gained by distillation, by layer:")
-    for i, values in enumerate(gains.T, 1):
+    for i, values in enumerate(gains.T):
         mean, half = mean_and_interval(values)
-        print(f'  layer {i}: {mean:+.3f} +-{half:.3f}')
+        row = f'  layer {i + 1}: {mean:+.3f} +-{half:.3f}'
+        if of_noise is not None:
+            row += f'   noise: {of_noise[i]:+.3f}'
+        print(row)
     shallow, deep = gains[:, :2].mean(1), gains[:, 2:].mean(1)
     p = paired_p(deep, shallow)
     print(f'the linear layers gain more than the convolutions: one-sided p={p:.2g}')
 
 
 def draw_gains(records, stem):
-    """How much more similar each layer becomes to the teacher's, on average."""
+    """How much more similar each layer becomes to the teacher's, on average. Crosses: noise."""
     figure = new_figure(5, 3.4)
     axes = figure.subplots()
     for layer, values in enumerate(gains_of(records).T, 1):
         mean, half = mean_and_interval(values)
         axes.errorbar(layer, mean, half, fmt='o', color=COLOURS[0], capsize=3)
+    of_noise = gains_of_noise(records)
+    if of_noise is not None:
+        axes.plot(range(1, layer + 1), of_noise, 'x', color='grey', label='noise')
+        axes.legend(frameon=False)
     axes.axhline(0, color='grey', linewidth=0.8)
     axes.set(xlabel='layer of the student', ylabel='similarity gained by distillation')
     axes.set_xticks(range(1, layer + 1))
@@ -171,11 +198,14 @@ def draw_gains(records, stem):
 def show(config, records, folder):
     records = by_seed(two_whole_seeds(records, plan(config['settings'], []), folder))
     print_table(records)
-    matrices = {}
+    matrices, noise = {}, {}
     for name, title in STUDENTS.items():
         of_seeds = [record[name]['similarities'] for record in records]
         matrices[f'student {title}'] = np.mean(of_seeds, axis=0)
-    draw_matrices(matrices, folder / 'svcca', ('student', 'teacher'))
+        if has_noise(records):
+            floors = [record['noise'][name] for record in records]
+            noise[f'student {title}'] = np.mean(floors, axis=0)
+    draw_matrices(matrices, noise, folder / 'svcca', ('student', 'teacher'))
     draw_gains(records, folder / 'gains')
 
 

@@ -56,7 +56,14 @@ from studies.modes import (
     vector_of,
 )
 from studies.plane import Plane, draw_plane
-from studies.svcca import compared_images, draw_matrices, observe, similarities
+from studies.svcca import (
+    compared_images,
+    draw_matrices,
+    has_noise,
+    noise_floors,
+    observe,
+    similarities,
+)
 
 SCALES = {
     'paper': {
@@ -217,7 +224,7 @@ def make_alike(cell, seed, place):
         weights = read_weights(place, f'sgdr-{cell[end]}', seed)
         measure(net, weights, *loaders)  # for BatchNorm's statistics
         layers.append(observe(net, images))
-    return {'similarities': similarities(*layers)}
+    return {'similarities': similarities(*layers), 'noise': noise_floors(*layers, seed)}
 
 
 def plane_of(place, seed):
@@ -339,12 +346,14 @@ def show(config, records, folder):
     iterates = path['iterates']
     marks = {f'w{epoch}': iterates[str(epoch)] for epoch in plane_pair(settings)}
     draw_plane(points, marks | {'bend': path['bend']}, folder / 'plane', path=iterates.values())
-    matrices = {}
+    matrices, noise = {}, {}
     for first, last in settings['alike']:
         of_pair = in_cell(records, part='alike', first=first, last=last)
         title = f'first: w{first}, second: w{last}'
         matrices[title] = np.mean([record['similarities'] for record in of_pair], axis=0)
-    draw_matrices(matrices, folder / 'svcca')
+        if has_noise(of_pair):
+            noise[title] = np.mean([record['noise'] for record in of_pair], axis=0)
+    draw_matrices(matrices, noise, folder / 'svcca')
 
 
 STUDY = Study('restarts', __doc__, dict.fromkeys(NETS, SCALES), plan, train_part, show)

@@ -10,8 +10,14 @@ directions with 99% of the variance, and then the pairs of directions, one from 
 correlate most. The mean of these correlations is 1 if the layers are linear images of each other.
 We Fourier-transform the maps of a convolution, compare them frequency by frequency, and take the
 mean. If two layers' maps have different sizes, we compare the lowest frequencies, which both have.
-A linear layer has no maps, so we compare it with the means of the other layer's maps. Even noise
-is a little similar: 0.15 with 30 images per direction, 0.4 with 4; with fewer than 3 we refuse.
+A linear layer has no maps, so we compare it with the means of the other layer's maps.
+
+Even noise is a little similar to a layer, and more so the fewer images there are: 0.15 with 2000
+images and 64 directions, 0.43 with 512 directions. So next to each similarity we give its noise
+floor, which is the similarity with Gaussian noise in place of the second layer, with as many
+directions. It is the mean of two draws; with 2000 images and at least three directions, that is
+within 0.01 of the mean of many. In the picture, it is the dot on each square. If a layer has more
+than one direction for two images, we refuse.
 
 The study trains pairs of networks from different initial weights. It compares the two after
 training, and one of them with itself before training. --scale paper trains VGG-16 at full width on
@@ -22,6 +28,7 @@ PFLOP in 3.29 seconds. --scale small trains narrow networks on 1000 images.
 import itertools
 import math
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -62,21 +69,31 @@ SCALES = {
     },
 }
 GIVEN = ('A', 'B')
-IMAGES_PER_DIRECTION = 3  # at least: with fewer images, even noise correlates with noise
+IMAGES_PER_DIRECTION = 2  # at least: with fewer images, even noise is similar to noise
+DRAWS = 2  # of noise
+ROUNDING = 1e-10  # of a layer's norm: what varies less is not a direction
 
 #### Estimates #####################################################################################
+
+
+def first_columns(x, count):
+    """x, (..., n, k), with 0 in all columns but the first `count`, (...)."""
+    is_kept = torch.arange(x.shape[-1]) < count[..., None]
+    return x * is_kept[..., None, :]
 
 
 def principal(x, variance=0.99):
     """Orthonormal directions of x, (..., n, features), that hold this share of its variance.
 
-    x may be complex; its columns are centred first. Returns (directions (..., n, k), how many of
-    them it takes (...)). The further directions are 0.
+    x may be complex; its columns are centred first. What is left of a constant column is rounding,
+    and no direction. Returns (directions (..., n, k), how many of them it takes (...)). The further
+    directions are 0.
     """
     u, s, _ = torch.linalg.svd(x - x.mean(-2, keepdim=True), full_matrices=False)
+    s = torch.where(s > ROUNDING * torch.linalg.vector_norm(x), s, 0.0)
     before = (s**2).cumsum(-1) - s**2
-    is_needed = before < variance * (s**2).sum(-1, keepdim=True)
-    return u * is_needed[..., None, :], is_needed.sum(-1)
+    needed = (before < variance * (s**2).sum(-1, keepdim=True)).sum(-1)
+    return first_columns(u, needed), needed
 
 
 def correlations(x, y):
@@ -101,32 +118,55 @@ def frequencies(size):
     return found
 
 
-class Layer:
-    """A layer's outputs for n images, as the principal directions of each of their frequencies.
-
-    Raises UserError if there are too few images to tell similar layers from others.
+def spectrum_of(outputs):
+    """The Fourier transform of a layer's outputs for n images, (frequencies, n, features).
 
     Args:
         outputs: (n, channels, size, size); or (n, features), which have only the frequency 0.
     """
+    maps = outputs.double() if outputs.ndim == 4 else outputs.double()[..., None, None]
+    spectrum = torch.fft.fft2(maps)
+    places = frequencies(maps.shape[-1])
+    return torch.stack([spectrum[:, :, row, column] for row, column in places])
 
-    def __init__(self, outputs):
-        maps = outputs.double() if outputs.ndim == 4 else outputs.double()[..., None, None]
-        self.size = maps.shape[-1]
-        self.places = {place: i for i, place in enumerate(frequencies(self.size))}
-        spectrum = torch.fft.fft2(maps)
-        self.directions, self.needed = principal(
-            torch.stack([spectrum[:, :, row, column] for row, column in self.places])
-        )
-        directions = max(1, self.needed.max().item())
-        if len(outputs) < IMAGES_PER_DIRECTION * directions:
-            found = f'a layer has {directions} directions, and there are {len(outputs)} test images'
-            raise UserError(f'{found}: SVCCA needs at least {IMAGES_PER_DIRECTION} times as many')
+
+@dataclass
+class Layer:
+    """The principal directions of a layer's outputs for n images, at each frequency of its maps."""
+
+    size: int  # of the maps
+    directions: torch.Tensor  # (frequencies, n, k)
+    needed: torch.Tensor  # how many of them it takes, (frequencies,)
 
     def at(self, places):
         """(directions, how many it takes) of some of the frequencies."""
-        chosen = [self.places[place] for place in places]
+        of_place = {place: i for i, place in enumerate(frequencies(self.size))}
+        chosen = [of_place[place] for place in places]
         return self.directions[chosen], self.needed[chosen]
+
+
+def layer_of(outputs, name='a layer'):
+    """The Layer with these outputs, which are as for spectrum_of.
+
+    Raises UserError if there are too few images to tell similar layers from others.
+    """
+    n, size = len(outputs), outputs.shape[-1] if outputs.ndim == 4 else 1
+    layer = Layer(size, *principal(spectrum_of(outputs)))
+    directions = max(1, layer.needed.max().item())
+    if n < IMAGES_PER_DIRECTION * directions:
+        found = f'{name} has {directions} directions, and there are {n} test images'
+        way_out = 'take a larger --scale, or a set with more test images'
+        raise UserError(f'{found}, too few for SVCCA: {way_out}')
+    return layer
+
+
+def noise_like(layer, generator):
+    """A Layer of Gaussian noise of the same shape, with as many directions at each frequency."""
+    _, n, k = layer.directions.shape
+    shape = n, k, layer.size, layer.size
+    x = spectrum_of(torch.randn(shape, generator=generator, dtype=torch.float64))
+    directions, _ = torch.linalg.qr(x - x.mean(-2, keepdim=True))
+    return Layer(layer.size, first_columns(directions, layer.needed), layer.needed)
 
 
 def similarity(first, second):
@@ -154,13 +194,18 @@ def observe(net, images):
     """
     layers = {}
 
-    def keep(name):
+    def keep(number, name):
         def hook(module, inputs, output):
-            layers[name] = Layer(output.float().cpu())
+            # At once, because a ReLU may overwrite the output.
+            layers[name] = layer_of(output.float().cpu(), f'layer {number} ({name})')
 
         return hook
 
-    hooks = [module.register_forward_hook(keep(name)) for name, module in layers_of(net).items()]
+    modules = layers_of(net).items()
+    hooks = [
+        module.register_forward_hook(keep(number, name))
+        for number, (name, module) in enumerate(modules, 1)
+    ]
     net.eval()
     net(images)
     for hook in hooks:
@@ -171,6 +216,17 @@ def observe(net, images):
 def similarities(first, second):
     """A matrix: each layer of one network against each of another. Both are {name: Layer}."""
     return [[similarity(x, y) for y in second.values()] for x in first.values()]
+
+
+def noise_floors(first, second, seed):
+    """The same for the layers of one network, and noise like each layer of the other one."""
+    generator = torch.Generator().manual_seed(seed)
+    floors = np.zeros((len(first), len(second)))
+    for _ in range(DRAWS):
+        for column, layer in enumerate(second.values()):
+            noise = noise_like(layer, generator)
+            floors[:, column] += [similarity(x, noise) for x in first.values()]
+    return (floors / DRAWS).tolist()
 
 
 #### Training ######################################################################################
@@ -201,62 +257,83 @@ def compared_images(place):
 
 
 def compare(cell, seed, place):
-    """Similarities of two networks' layers, and of one network's before and after training."""
+    """Similarities of two networks' layers, and of one network's before and after training.
+
+    With their noise floors.
+    """
     images = compared_images(place)
     files = place.settings['files']
     if files:
         first, second = [observe(place.load_network(file), images) for file in files]
-        found = {'two networks': similarities(first, second)}
+        pairs = {'two networks': (first, second)}
     else:
         at_start, first = train_network(2 * seed, place, images)
         _, second = train_network(2 * seed + 1, place, images)
-        found = {
-            'two networks': similarities(first, second),
-            'before and after': similarities(at_start, first),
-        }
-    return {'layers': [list(first), list(second)], 'similarities': found}
+        pairs = {'two networks': (first, second), 'before and after': (at_start, first)}
+    return {
+        'layers': [list(first), list(second)],
+        'similarities': {kind: similarities(*pair) for kind, pair in pairs.items()},
+        'noise': {kind: noise_floors(*pair, seed) for kind, pair in pairs.items()},
+    }
 
 
 #### Table and picture #############################################################################
 
 
-def mean_matrices(records):
-    """{what we compare: similarities (seeds, layers, layers)}."""
-    kinds = records[0]['similarities']
-    return {kind: np.array([record['similarities'][kind] for record in records]) for kind in kinds}
+def matrices_of(records, key):
+    """{what we compare: the records' similarities or noise floors (seeds, layers, layers)}."""
+    kinds = records[0][key]
+    return {kind: np.array([record[key][kind] for record in records]) for kind in kinds}
 
 
-def print_table(matrices):
-    for kind, of_seeds in matrices.items():
+def has_noise(records):
+    """Whether we know the noise floors. Old records have none."""
+    return all('noise' in record for record in records)
+
+
+def print_table(similar, noise):
+    for kind, of_seeds in similar.items():
         print(f'similarity of the same layer, {kind}, n={len(of_seeds)}, with its 95% interval:')
         for i in range(min(of_seeds.shape[1:])):
             mean, half = mean_and_interval(of_seeds[:, i, i])
-            print(f'  layer {i + 1:2}: {mean:6.3f} +-{half:5.3f}')
+            row = f'  layer {i + 1:2}: {mean:6.3f} +-{half:5.3f}'
+            if noise:
+                row += f'   noise: {noise[kind][:, i, i].mean():.3f}'
+            print(row)
 
 
-def draw_matrices(matrices, stem, networks=('first', 'second')):
-    """A heat map for each {title: similarities of two networks' layers}."""
+def draw_matrices(matrices, noise, stem, networks=('first', 'second')):
+    """A heat map for each {title: similarities of two networks' layers}.
+
+    noise: {title: their noise floors}, which become dots of the same colours; or {}.
+    """
     columns = min(2, len(matrices))
     rows = math.ceil(len(matrices) / columns)
     first, second = np.shape(next(iter(matrices.values())))
     figure = new_figure(4 * columns + 1, (3 * first / second + 0.8) * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (title, matrix) in zip(grid.flat, matrices.items()):
-        image = axes.imshow(matrix, vmin=0, vmax=1, origin='lower', cmap='viridis')
+        colours = {'vmin': 0, 'vmax': 1, 'cmap': 'viridis'}
+        image = axes.imshow(matrix, origin='lower', **colours)
+        if noise:
+            row, column = np.indices(np.shape(matrix))
+            axes.scatter(column, row, 16, noise[title], edgecolors='none', **colours)
         axes.set(title=title)
         axes.set_ylabel(f'layer of the {networks[0]}')
         axes.set_xlabel(f'layer of the {networks[1]}')
         axes.set_xticks(range(0, second, 2), range(1, second + 1, 2))
         axes.set_yticks(range(0, first, 2), range(1, first + 1, 2))
-    figure.colorbar(image, ax=grid, label='similarity')
+    label = 'similarity; dots: of noise' if noise else 'similarity'
+    figure.colorbar(image, ax=grid, label=label)
     save_both(figure, stem)
 
 
 def show(config, records, folder):
-    matrices = mean_matrices(records)
-    print_table(matrices)
-    means = {kind: of_seeds.mean(0) for kind, of_seeds in matrices.items()}
-    draw_matrices(means, folder / 'svcca')
+    similar = matrices_of(records, 'similarities')
+    noise = matrices_of(records, 'noise') if has_noise(records) else {}
+    print_table(similar, noise)
+    means = [{kind: of_seeds.mean(0) for kind, of_seeds in of.items()} for of in (similar, noise)]
+    draw_matrices(*means, folder / 'svcca')
 
 
 STUDY = Study('svcca', __doc__, dict.fromkeys(NETS, SCALES), plan, compare, show, files=GIVEN)

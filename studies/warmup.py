@@ -36,7 +36,15 @@ from studies.common import (
     two_whole_seeds,
 )
 from studies.modes import dropping, loaders_of, make_network, make_sgd, train
-from studies.svcca import compared_images, draw_matrices, layers_of, observe, similarities
+from studies.svcca import (
+    compared_images,
+    draw_matrices,
+    has_noise,
+    layers_of,
+    noise_floors,
+    observe,
+    similarities,
+)
 
 SCALES = {
     'paper': {
@@ -89,6 +97,7 @@ TRAININGS = {
     'lb-warmup': 'large, with warmup',
     'lb-frozen': 'large, head frozen',
 }
+COMPARED = ('sb', 'lb', 'lb-warmup')  # with their start, in the picture
 
 
 #### Training ######################################################################################
@@ -148,19 +157,31 @@ def train_cell(cell, seed, place):
         'is_head': [kind == 'Linear' for kind in kinds],
         'start and warm': similarities(start, warm),
         'warm and end': similarities(warm, end),
+        'noise': {
+            'start and warm': noise_floors(start, warm, seed),
+            'warm and end': noise_floors(warm, end, seed),
+        },
     }
 
 
 #### Table and pictures ############################################################################
 
 
+def mean_of_head(record, matrix):
+    """The mean over the head's layers of a matrix's diagonal."""
+    return np.diag(matrix)[np.array(record['is_head'])].mean()
+
+
 def head_similarities(records, name):
     """For each seed, how similar the head's layers are to their start, on average."""
-    means = []
-    for record in by_seed(records, training=name):
-        diagonal = np.diag(record['start and warm'])
-        means.append(diagonal[np.array(record['is_head'])].mean())
-    return np.array(means)
+    of_name = by_seed(records, training=name)
+    return np.array([mean_of_head(record, record['start and warm']) for record in of_name])
+
+
+def head_noise(records, name):
+    """The noise floor of that, in the mean of the seeds."""
+    of_name = by_seed(records, training=name)
+    return np.mean([mean_of_head(record, record['noise']['start and warm']) for record in of_name])
 
 
 def accuracies_at(records, name, epoch):
@@ -178,7 +199,10 @@ def print_table(records, warm_up):
             mean, half = mean_and_interval(accuracies_at(records, name, epoch))
             row += f' {mean:6.2f} +-{half:6.2f}  '
         mean, half = mean_and_interval(head_similarities(records, name))
-        print(f'{row} {mean:6.3f} +-{half:6.3f}')
+        row += f' {mean:6.3f} +-{half:6.3f}'
+        if has_noise(records):
+            row += f'   noise: {head_noise(records, name):.3f}'
+        print(row)
     with_warmup, without = [head_similarities(records, name) for name in ('lb-warmup', 'lb')]
     p = paired_p(with_warmup, without)
     print(f'warmup keeps the head more similar to its start: one-sided p={p:.2g}')
@@ -202,10 +226,14 @@ def draw_trainings(records, warm_up, stem):
         alike = [np.diag(record['start and warm']) for record in by_seed(records, training=name)]
         layers = range(1, len(alike[0]) + 1)
         right.plot(layers, np.mean(alike, axis=0), 'o-', color=colour)
+        if has_noise(records):
+            of_noise = [r['noise']['start and warm'] for r in by_seed(records, training=name)]
+            right.plot(layers, np.diag(np.mean(of_noise, axis=0)), ':', color=colour)
     left.axvline(warm_up, color='grey', linewidth=0.8)
     left.set(xlabel='epochs', ylabel='test accuracy (%)')
     left.legend(frameon=False, fontsize='small')
     right.set(xlabel='layer', ylabel='similarity to its start, after warmup', ylim=(0, 1.02))
+    right.set_title('dotted: noise' if has_noise(records) else '')
     save_both(figure, stem)
 
 
@@ -214,13 +242,15 @@ def show(config, records, folder):
     records = two_whole_seeds(records, plan(settings, []), folder)
     print_table(records, settings['warm_up'])
     draw_trainings(records, settings['warm_up'], folder / 'warmup')
-    matrices = {}
-    for name, title in list(TRAININGS.items())[:3]:
-        of_seeds = [record['start and warm'] for record in by_seed(records, training=name)]
-        matrices[f'{title}: start, warm'] = np.mean(of_seeds, axis=0)
-    of_seeds = [record['warm and end'] for record in by_seed(records, training='lb-warmup')]
-    matrices['with warmup: warm, end'] = np.mean(of_seeds, axis=0)
-    draw_matrices(matrices, folder / 'svcca')
+    matrices, noise = {}, {}
+    compared = [(f'{TRAININGS[name]}: start, warm', name, 'start and warm') for name in COMPARED]
+    compared.append(('with warmup: warm, end', 'lb-warmup', 'warm and end'))
+    for title, name, when in compared:
+        of_seeds = by_seed(records, training=name)
+        matrices[title] = np.mean([record[when] for record in of_seeds], axis=0)
+        if has_noise(of_seeds):
+            noise[title] = np.mean([record['noise'][when] for record in of_seeds], axis=0)
+    draw_matrices(matrices, noise, folder / 'svcca')
 
 
 STUDY = Study(

@@ -184,6 +184,10 @@ def test_given_networks_are_joined(tmp_path, folder, capsys):
     assert {record['cell']['pair'] for record in curves} == {'AB'} and len(curves) == 2
     assert common.run_study(svcca.STUDY, [*call[:-1], str(tmp_path / 'alike')]) == 0
     assert (tmp_path / 'alike' / 'svcca.png').stat().st_size > 10_000
+    assert ' noise: 0.' in capsys.readouterr().out
+    [record] = common.read_cells(tmp_path / 'alike')
+    similar, noise = [np.array(record[key]['two networks']) for key in ('similarities', 'noise')]
+    assert similar.shape == noise.shape and (noise > 0).all() and (noise < 0.5).all()
     call = ['--out', str(tmp_path / 'other'), '--data', str(folder), '--device', 'cpu', *files]
     assert common.run_study(connectivity.STUDY, call) == 2
     assert 'its classes are not those of the set' in capsys.readouterr().err
@@ -206,7 +210,7 @@ def test_barriers_are_means_of_each_seeds_pairs():
 
 
 def alike(x, y):
-    return svcca.similarity(svcca.Layer(x), svcca.Layer(y))
+    return svcca.similarity(svcca.layer_of(x), svcca.layer_of(y))
 
 
 def test_svcca_does_not_see_rotations_and_scales():
@@ -230,7 +234,6 @@ def test_svcca_of_noise_is_at_chance():
     found = svcca.correlations(svcca.principal(x, 1.0), svcca.principal(y, 1.0))
     assert (found**2).mean().item() == pytest.approx(k / n, rel=0.3)
     assert alike(torch.randn(1000, 4, 6, 6), torch.randn(1000, 4, 6, 6)) < 0.15
-    assert alike(torch.randn(1000, 4), torch.ones(1000, 4)) == 0
 
 
 def test_correlations_are_scikit_learns():
@@ -272,12 +275,73 @@ def test_layers_of_different_sizes_are_compared_by_their_lowest_frequencies():
     assert alike(means, maps) == pytest.approx(1, abs=1e-6)
 
 
-def test_svcca_refuses_few_images():
+@pytest.mark.parametrize('n, features, expected', [(2000, 64, 0.15), (2000, 512, 0.43)])
+def test_the_noise_floor_is_the_similarity_of_independent_noise(n, features, expected):
     torch.manual_seed(6)
-    for shape in ((20, 64), (1, 64), (20, 64, 4, 4)):
-        with pytest.raises(UserError, match='SVCCA needs at least 3 times as many'):
-            svcca.Layer(torch.randn(shape))
-    svcca.Layer(torch.randn(200, 64))
+    first, second = [svcca.layer_of(torch.randn(n, features)) for _ in range(2)]
+    found = svcca.noise_floors({'a': first}, {'b': second}, 0)
+    assert found == [[pytest.approx(expected, abs=0.01)]]
+    assert svcca.similarity(first, second) == pytest.approx(expected, abs=0.01)
+    assert found == svcca.noise_floors({'a': first}, {'b': second}, 0)
+    assert found != svcca.noise_floors({'a': first}, {'b': second}, 1)
+
+
+def test_the_noise_floor_is_that_of_the_directions_that_a_layer_has():
+    torch.manual_seed(7)
+    narrow = svcca.layer_of(torch.randn(1000, 4) @ torch.randn(4, 100))
+    maps = svcca.layer_of(torch.randn(1000, 4, 5, 5))
+    layers = {'narrow': narrow, 'maps': maps}
+    found = svcca.noise_floors(layers, layers, 0)
+    assert narrow.needed.tolist() == [4] and set(maps.needed.tolist()) == {4}
+    assert np.array(found) == pytest.approx(0.054, abs=0.02)
+
+
+def test_a_constant_layer_has_no_directions():
+    torch.manual_seed(8)
+    n = 200
+    constants = torch.randn(64), torch.randn(6, 5, 5), torch.randn(6, 5, 5), torch.randn(6, 8, 8)
+    same = [svcca.layer_of(values.expand(n, *values.shape).clone()) for values in constants]
+    assert not any(layer.needed.any() for layer in same)
+    layers = dict(enumerate([*same, svcca.layer_of(torch.randn(n, 6, 5, 5))]))
+    found = np.array(svcca.similarities(layers, layers))
+    assert found[-1, -1] == pytest.approx(1)
+    found[-1, -1] = 0
+    assert not found.any()
+    # Maps that are the same everywhere only have the frequency 0.
+    flat = svcca.layer_of(torch.randn(n, 6, 1, 1).expand(n, 6, 5, 5).clone())
+    assert flat.needed[0] == 6 and not flat.needed[1:].any()
+
+
+def test_svcca_refuses_few_images():
+    torch.manual_seed(9)
+    for shape in ((360, 512), (20, 64), (1, 64), (20, 64, 4, 4)):
+        with pytest.raises(UserError, match='too few for SVCCA'):
+            svcca.layer_of(torch.randn(shape))
+    x = torch.randn(20, 10)
+    vary_alike, _ = torch.linalg.qr(x - x.mean(0))  # in all of their 10 directions
+    assert svcca.layer_of(vary_alike).needed.tolist() == [10]
+    with pytest.raises(UserError, match='a layer has 10 directions, and there are 19 test images'):
+        svcca.layer_of(vary_alike[:19])
+
+
+def test_the_layer_with_too_few_images_is_named():
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 30 * 30, 30))
+    line = r'layer 2 \(2\) has 2\d directions, and there are 40 test images, too few for SVCCA'
+    with pytest.raises(UserError, match=line):
+        svcca.observe(net, torch.randn(40, 3, 32, 32))
+
+
+def test_convolutions_are_compared_before_their_relu():
+    net = networks.make_vgg(16, share=0.0625, seed=0, **CPU)  # its ReLUs overwrite their inputs
+    assert net[0][1].inplace
+    x = torch.randn(100, 3, 32, 32)
+    layers = svcca.observe(net, x)
+    with torch.no_grad():
+        for name, module in net[0].named_children():
+            x = module(x)
+            if isinstance(module, nn.Conv2d):
+                expected = svcca.layer_of(x.clone())
+                assert torch.equal(layers[f'0.{name}'].directions, expected.directions)
 
 
 #### Warmup ####

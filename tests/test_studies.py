@@ -140,6 +140,21 @@ def test_calibrated_votes_have_no_calibration_error_and_confident_ones_have():
     assert variance.calibration_error(sure, labels) == pytest.approx(2 / 3)
 
 
+def test_many_networks_that_are_calibrated_have_a_small_calibration_error():
+    rng = np.random.default_rng(6)
+    probabilities = rng.dirichlet(np.full(10, 0.01), size=10_000)
+    votes = rng.multinomial(10_000, probabilities) / 10_000
+    labels = np.array([rng.choice(10, p=p) for p in probabilities])
+    assert len(np.unique(votes)) > 1000  # so many bins would each have a few images
+    assert variance.calibration_error(votes, labels) == pytest.approx(0.009, abs=0.003)
+    off = np.eye(10)[labels] - votes
+    gaps, _ = np.histogram(votes, bins=15, range=(0, 1), weights=off)
+    expected = np.abs(gaps).sum() / len(labels)
+    assert variance.calibration_error(votes, labels) == pytest.approx(expected)
+    always_sure = np.eye(10)[votes.argmax(1)]
+    assert variance.calibration_error(always_sure, labels) > 0.1
+
+
 def test_the_tests_find_a_smaller_deviation_and_a_smaller_calibration_error():
     rng = np.random.default_rng(3)
     shared = rng.standard_normal(100)
