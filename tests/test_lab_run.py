@@ -497,7 +497,8 @@ def test_a_mistake_gets_one_line(args, complaint, desk, monkeypatch, capsys):
 
 
 def test_other_mistakes_get_one_line():
-    assert refuse('fly') == 'fly: no such command; the commands are run, report, data, predict'
+    commands = 'run, report, data, predict, check'
+    assert refuse('fly') == f'fly: no such command; the commands are {commands}'
     assert refuse('run').startswith('the following arguments are required: RECIPE; see ')
     assert refuse('data', 'nowhere', 'x').startswith(
         'nowhere: is neither a folder of pictures nor '
