@@ -143,9 +143,10 @@ class GraphedStep:
         stay there. With other settings than before, or for another network, we make another one.
         """
         new, scheduler = self.make_new_optimizer(net, hyp, total_steps, fused)
-        weights = next(net.parameters())
-        dtype = torch.promote_types(weights.dtype, torch.float32)
-        table = torch.tensor(list_rates(scheduler, total_steps), dtype=dtype, device=weights.device)
+        device = next(net.parameters()).device
+        # On a GPU, fused SGD reads a rate as fp32, whatever the weights are.
+        dtype = torch.float64 if device.type == 'cpu' else torch.float32
+        table = torch.tensor(list_rates(scheduler, total_steps), dtype=dtype, device=device)
         key = net, constants_of(new)
         if key not in self.optimizers:
             rates = table[0].clone()
