@@ -233,8 +233,8 @@ def check_kernels(data):
     units = check_averages(recipe, device)
     largest = max(units.values())
     line = (
-        'flip_crop gives the bits of augment; lookahead and mean are within '
-        f'{largest:.2g} units in the last place of plain torch'
+        'flip_crop gives the bits of augment; lookahead and mean differ from plain torch by at '
+        f'most {largest:.2g} in the last place'
     )
     if device.type == 'cpu':
         line = f"in Triton's interpreter: {line}"
@@ -315,7 +315,10 @@ GRAPH_SETTINGS = {
     AIRBENCH: [*NARROW, 'opt.batch_size=32'],
     RECORD: [*NARROW, 'opt.batch_size=32', 'growth.size=20'],
 }
-GRAPH_LIMITS = {'losses': 1e-9, 'weights': 1e-9}
+GRAPH_LIMITS = {
+    'cpu': {'losses': 1e-9, 'weights': 1e-9},
+    'cuda': {'losses': 1e-6, 'weights': 1e-6},  # there, a graph's learning rates are in fp32
+}
 COMPILED_SETTINGS = {
     AIRBENCH: [],
     RECORD: ['selection.keep=1'],  # otherwise rounding changes which images are in the batches
@@ -357,7 +360,8 @@ def compare_graphs(file, data, capture=None, wrap_step=None):
     train(recipe, loaders, hyp, seed=1, **graphed)  # a run must not depend on the one before
     figures = compare(train(recipe, loaders, hyp, seed=0, **graphed), eager)
     figures['variants'] = len(step.variants)
-    return f'graphed against eager steps, float64: {judge(figures, GRAPH_LIMITS)}', figures
+    line = judge(figures, GRAPH_LIMITS[device.type])
+    return f'graphed against eager steps, float64: {line}', figures
 
 
 def compare_compiled(file, data):
@@ -383,7 +387,7 @@ STEPS = 10
 # All steps are of the kind that most are.
 ONE_VARIANT = {
     AIRBENCH: ['opt.train_epochs=1', 'opt.whiten_bias_epochs=0'],
-    RECORD: ['opt.train_epochs=1', 'growth.until=0', 'selection.keep=1'],
+    RECORD: ['opt.train_epochs=1', 'growth.until=0'],
 }
 
 
@@ -735,7 +739,8 @@ def run_part(part, data, limit, scratch):
     try:
         code, result, output = run_process(part, data, limit, scratch)
     except KeyboardInterrupt:
-        return row | {'status': 'interrupted', 'result': 'interrupted'}
+        seconds = time.monotonic() - start
+        return row | {'status': 'interrupted', 'result': 'interrupted', 'seconds': seconds}
     row |= {'seconds': time.monotonic() - start, 'output': output[-20000:]}
     if code not in (0, 1) or result is None:
         row |= {'status': 'failed', 'result': describe_end(code, limit, output)}

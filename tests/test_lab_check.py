@@ -256,7 +256,8 @@ def test_units_in_the_last_place():
 @pytest.mark.parametrize('file', [AIRBENCH, RECORD])
 def test_graphed_steps_are_the_eager_ones(file):
     line, figures = check.compare_graphs(file, '')
-    assert max(figures['losses'], figures['weights']) <= 1e-9
+    limit = 1e-6 if torch.cuda.is_available() else 1e-9
+    assert max(figures['losses'], figures['weights']) <= limit
     assert figures['variants'] == 2
     assert line.startswith('graphed against eager steps, float64')
 
