@@ -239,6 +239,22 @@ def test_swaps_graphed_gradient_in_fp16_stays_on_its_device():
     assert devices.found == {'meta'}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='pretends that there is a GPU')
+@pytest.mark.parametrize('recipe', [airbench94, record94, swap94])
+def test_on_a_gpu_the_fast_path_has_graphs(recipe, monkeypatch):
+    monkeypatch.setattr(graph, 'CudaGraphs', Mock())
+    net = recipe.make_net(device='meta', dtype=torch.float16)
+    monkeypatch.setattr(recipe, 'make_net', Mock(return_value=net))
+    loader = Mock(device=torch.device('cuda'), dtype=torch.float16, augment=recipe.augment)
+    faster = recipe.fast_path(loader, recipe.hyp)
+    assert faster['net'] is net and faster['fused']
+    if recipe is swap94:
+        assert faster['compute_gradient'].train_step is swap94.compute_gradient
+    else:
+        assert faster['train_step'].train_step is recipe.train_step
+        assert faster['make_optimizer'] == faster['train_step'].make_optimizer
+
+
 def test_learning_rates_on_the_device_are_the_schedulers():
     net = airbench94.make_net(**FLOAT64)
     optimizer, scheduler = airbench94.make_optimizer(net, airbench94.hyp, 7)
