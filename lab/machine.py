@@ -29,7 +29,7 @@ def process_count():
 
 def rank():
     """This process's number among them, from 0."""
-    return number_from('RANK', 0)
+    return number_from('RANK', 0) if process_count() > 1 else 0
 
 
 def is_first_process():

@@ -4,6 +4,7 @@ DIR/config.json holds what all runs have in common, DIR/runs/00000.json is a run
 DIR/log.json has it all, with a summary.
 """
 
+import hashlib
 import io
 import itertools
 import json
@@ -11,7 +12,7 @@ import math
 import os
 import socket
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -41,12 +42,42 @@ def write_atomically(path, content):
             temporary.unlink(missing_ok=True)
 
 
+def checksum(content):
+    """The SHA-256 of a dict as JSON, without what it says about its own checksum."""
+    others = {name: value for name, value in content.items() if name != 'checksum'}
+    return hashlib.sha256(json.dumps(others).encode()).hexdigest()
+
+
 def write_json(path, content):
+    """Write a dict, with its checksum. Raises UserError."""
     try:
+        content = content | {'checksum': checksum(content)}
         text = json.dumps(content, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(f'{path} cannot be written as JSON: {first_lines(error)}') from error
     write_atomically(path, f'{text}\n'.encode())
+
+
+def read_json(path):
+    """The dict that `write_json` wrote, without its checksum. Older files have none.
+
+    Raises ValueError, in a few words, if the file holds something else or was changed.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError('is not JSON') from error
+    if not isinstance(content, dict):
+        raise ValueError('holds no dict')
+    # The checksum is the last value. Its name may be what is damaged.
+    name = 'checksum' if 'checksum' in content else next(reversed(content), None)
+    value = content.pop(name, None)
+    is_right = value == checksum(content)
+    if is_right != (name == 'checksum'):
+        raise ValueError('is damaged, or was edited: it has another checksum')
+    if name not in (None, 'checksum'):
+        content[name] = value
+    return content
 
 
 def write_tensors(path, content):
@@ -54,6 +85,34 @@ def write_tensors(path, content):
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_atomically(path, buffer.getvalue())
+
+
+#### Locks #########################################################################################
+
+
+@contextmanager
+def locked(path, timeout=0):
+    """Hold the lock on `path`, which ends with the process. Waits for `timeout` seconds.
+
+    Raises filelock.Timeout if another process holds it, and UserError if nobody can.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        way_out = 'choose a folder where you may write, on a file system that has locks'
+        raise UserError(f'{path}: cannot be locked: {first_lines(error)}; {way_out}') from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_busy(lock):
+    """A line about a log that somebody else has locked, perhaps on a machine that is gone."""
+    return f'--out {lock.parent}: another command is at work there; if there is none, delete {lock}'
 
 
 #### Opening a log #################################################################################
@@ -101,15 +160,18 @@ def open_log(folder, config):
     others = [path.name for path in folder.iterdir() if path.suffix not in harmless]
     if others and not file.exists():
         raise UserError(f'--out {folder}: holds {others[0]}, and no log; choose another folder')
-    with FileLock(folder / 'config.lock'):
-        if not file.exists():
-            write_json(file, config)
+    try:
+        with locked(folder / 'config.lock', timeout=60):  # which it takes a moment to write
+            if not file.exists():
+                write_json(file, config)
+    except Timeout as error:
+        raise UserError(is_busy(folder / 'config.lock')) from error
     (folder / 'runs').mkdir(exist_ok=True)
     (folder / 'locks').mkdir(exist_ok=True)
     try:
-        difference = first_difference(json.loads(file.read_text()), config)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f'{file}: is damaged, or not written by lab') from error
+        difference = first_difference(read_json(file), config)
+    except ValueError as error:
+        raise UserError(f'{file}: {error}; choose another folder') from error
     if difference:
         raise UserError(f'--out {folder}: {difference}; choose another folder')
 
@@ -131,6 +193,23 @@ def run_file(folder, run):
     return folder / 'runs' / f'{run:05}.json'
 
 
+def lock_file(folder, run):
+    return folder / 'locks' / f'{run:05}.lock'
+
+
+def read_record(file, seed):
+    """The record in a file of the folder `runs`. `seed` is that of run 0.
+
+    Raises ValueError, in a few words, if it is not the whole record of its run.
+    """
+    record = read_json(file)
+    if not is_record(record):
+        raise ValueError('is not the whole record of a run')
+    if file.stem != f'{record["seed"] - seed:05}':
+        raise ValueError(f'has the seed of another run, {record["seed"]}')
+    return record
+
+
 def read_records(folder, seed):
     """{run: record} of the finished runs. `seed` is that of run 0.
 
@@ -140,17 +219,14 @@ def read_records(folder, seed):
     records = {}
     for file in sorted((folder / 'runs').glob('*.json')):
         try:
-            record = json.loads(file.read_text())
+            record = read_record(file, seed)
+            records[record['seed'] - seed] = record
         except FileNotFoundError:  # another process just renamed it
             continue
-        except ValueError:
-            record = None
-        if is_record(record) and file == run_file(folder, record['seed'] - seed):
-            records[record['seed'] - seed] = record
-            continue
-        print(f'{file}: not a whole record of this log; now {file.stem}.damaged', flush=True)
-        with suppress(FileNotFoundError):
-            file.rename(file.with_suffix('.damaged'))
+        except ValueError as error:
+            print(f'{file}: {error}; now {file.stem}.damaged', flush=True)
+            with suppress(FileNotFoundError):
+                file.rename(file.with_suffix('.damaged'))
     return records
 
 
@@ -170,7 +246,7 @@ def make_runs(folder, wanted, make_run):
             if run_file(folder, run).exists():
                 continue
             try:
-                with FileLock(folder / 'locks' / f'{run:05}.lock', timeout=0):
+                with locked(lock_file(folder, run)):
                     if not run_file(folder, run).exists():
                         make_run(run)
                         has_made_one = True
@@ -211,22 +287,19 @@ def open_log_together(folder, config):
     """Open the log on rank 0, and keep other commands out of it. All ranks must see the folder."""
     check_agreement(folder, config)
     line = None
-    lock = FileLock(folder / 'call.lock')
-    if is_first_process():
-        try:
-            open_log(folder, config)
-            lock.acquire(timeout=0)
-        except Timeout:
-            line = f'--out {folder}: another command is at work there'
-        except UserError as error:
-            line = str(error)
-    try:
+    with ExitStack() as stack:
+        if is_first_process():
+            try:
+                open_log(folder, config)
+                stack.enter_context(locked(folder / 'call.lock'))
+            except Timeout:
+                line = is_busy(folder / 'call.lock')
+            except (UserError, OSError) as error:
+                line = first_lines(error)
         stop_together(line)
         sees_log = (folder / 'config.json').exists()
         stop_together(None if sees_log else f'--out {folder}: not all ranks see this folder')
         yield
-    finally:
-        lock.release()
 
 
 def make_runs_together(folder, seed, wanted, make_run):

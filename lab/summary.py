@@ -1,6 +1,5 @@
 """What the runs of a log say: their mean, its interval, and whether two logs differ."""
 
-import json
 import math
 import os
 from contextlib import suppress
@@ -11,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from lab.errors import UserError
+from lab.runs import read_json, read_record
 
 #### The summary of one log ########################################################################
 
@@ -22,10 +22,31 @@ def interval_and_p(accuracies, target):
     return [float(interval.low), float(interval.high)], float(test.pvalue)
 
 
-def summarize(records, target):
-    """The summary in log.json. p_value is for the one-sided test that the mean is above target."""
+def commonest_share(labels):
+    """The accuracy of always answering the commonest class. labels: int64 (N,)."""
+    return labels.bincount().max().item() / len(labels)
+
+
+def is_no_better(accuracy, chance, tests):
+    """Whether an accuracy on `tests` images may be chance, by an exact binomial test.
+
+    False if the images are so few that even an accuracy of 1 might be chance.
+    """
+
+    def may_be_chance(correct):
+        return stats.binomtest(correct, tests, chance, alternative='greater').pvalue > 0.001
+
+    return may_be_chance(round(accuracy * tests)) and not may_be_chance(tests)
+
+
+def summarize(records, target, chance):
+    """The summary in log.json. p_value is for the one-sided test that the mean is above target.
+
+    chance: the commonest_share of the test labels.
+    """
     accuracies = [record['tta_val_acc'] for record in records if not record.get('failed')]
     summary = {'n': len(accuracies), 'failed': len(records) - len(accuracies), 'target': target}
+    summary['chance'] = chance
     summary |= {'mean': None, 'std': None, 'ci95': None, 'p_value': None}
     if accuracies:
         summary['mean'] = float(np.mean(accuracies))
@@ -50,10 +71,9 @@ def print_summary(summary, records, data):
     else:
         line += 'all runs are equal'
     print(line.format(**summary))
-    chance = 1 / len(data['classes'])
-    luck = 3 * math.sqrt(chance * (1 - chance) / data['test'])  # three standard deviations
-    if summary['mean'] < chance + luck:
-        print(f'that is no better than chance, {chance:.4f}: the network learned nothing')
+    if is_no_better(summary['mean'], summary['chance'], data['test']):
+        guess = 'always answering the commonest class'
+        print(f'that is not significantly better than {guess}, {summary["chance"]:.4f}')
     finished = [record for record in records if not record.get('failed')]
     costs = [f'{np.mean([record["seconds"] for record in finished]):.2f} seconds']
     pflop = [record.get('pflop') for record in finished]
@@ -99,7 +119,7 @@ def print_phases(records):
 
 
 class NoLogError(UserError):
-    """A file or folder that is something else than a log."""
+    """A file or folder that is something else than a log, or a damaged one."""
 
 
 @dataclass
@@ -133,18 +153,15 @@ class Log:
         return None
 
 
-def read_json(file):
-    """The JSON object in `file`, as a dict. Raises UserError if it holds something else."""
+def read_file(file):
+    """The dict in a JSON file. Raises UserError, or NoLogError if it holds something else."""
     try:
-        content = json.loads(file.read_text())
+        return read_json(file)
     except OSError as error:
         message = f'{file}: {error.strerror}; give a log.json, or the folder of a log'
         raise UserError(message) from error
     except ValueError as error:
-        raise NoLogError(f'{file}: is not JSON; give a log.json, or the folder of a log') from error
-    if not isinstance(content, dict):
-        raise NoLogError(f'{file}: is not a log; give another file')
-    return content
+        raise NoLogError(f'{file}: {error}; give a log.json, or the folder of a log') from error
 
 
 def read_content(path):
@@ -153,14 +170,26 @@ def read_content(path):
     In a folder we read the runs' own files, because log.json is only written at the end.
     """
     if not path.is_dir():
-        return read_json(path)
+        return read_file(path)
     config = path / 'config.json'
-    runs = sorted((path / 'runs').glob('*.json'))
-    if config.exists() and runs:
-        return read_json(config) | {'runs': [read_json(file) for file in runs]}
+    files = sorted((path / 'runs').glob('*.json'))
+    if config.exists() and files:
+        content = read_file(config)
+        seed = content.get('seed')
+        if type(seed) is not int:
+            raise NoLogError(f'{config}: has no seed; give the folder of another log')
+        return content | {'runs': [read_run(file, seed) for file in files]}
     if (path / 'log.json').exists():
-        return read_json(path / 'log.json')
+        return read_file(path / 'log.json')
     raise NoLogError(f'{path}: holds no log.json and no finished run; give the folder of a log')
+
+
+def read_run(file, seed):
+    """The record in a file of the folder `runs`. Raises NoLogError; `lab run` would mend it."""
+    try:
+        return read_record(file, seed)
+    except (OSError, ValueError) as error:
+        raise NoLogError(f'{file}: {error}; lab run makes the run again') from error
 
 
 def mean_pflop(content, runs):
@@ -174,7 +203,7 @@ def read_log(path):
     """The Log in a file or folder. Raises UserError if it is not a log, or has no runs."""
     content = read_content(path)
     if content.get('runs') == []:
-        raise UserError(f'{path}: has no runs; give a log that has some')
+        raise NoLogError(f'{path}: has no runs; give a log that has some')
     place = path.resolve()
     if place.name == 'log.json':
         place = place.parent
@@ -202,7 +231,7 @@ def read_log(path):
         raise NoLogError(f'{path}: is not a log, or is damaged; give another one') from error
     is_share = (log.accuracies >= 0) & (log.accuracies <= 1)  # false for NaN
     if not is_share.all() or not (log.seconds > 0).all():
-        raise UserError(f'{path}: has impossible accuracies or seconds; give another log')
+        raise NoLogError(f'{path}: has impossible accuracies or seconds; give another log')
     return log
 
 

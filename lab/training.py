@@ -1,10 +1,9 @@
 """What `lab run` does: prepare a recipe, train the missing runs, and log them."""
 
-import os
 import shutil
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from lab.machine import describe_machine, is_first_process, process_count
 from lab.networks import load_network, save_network, tta_level
 from lab.options import flat, override
 from lab.recipes import is_joint, read_source
-from lab.summary import print_phases, print_summary, summarize
+from lab.summary import commonest_share, print_phases, print_summary, summarize
 
 #### Output ########################################################################################
 
@@ -33,40 +32,22 @@ COLUMNS = {  # and their widths
 }
 
 
-class Output:
-    """Prints what happens. If nobody can read it any more, a run must not be lost because of that.
+def print_line(line):
+    """Print a line in one write, because torchrun's processes would mix their lines otherwise."""
+    print(f'{line}\n', end='', flush=True)
 
-    `error` is what happened when we last tried to print, or None.
-    """
 
-    def __init__(self):
-        self.error = None
-
-    def print(self, line):
-        # In one write, because torchrun's processes would mix their lines otherwise.
-        try:
-            print(f'{line}\n', end='', flush=True)
-        except OSError as error:
-            self.error = error
-
-    def print_row(self, row):
-        """Print a row of the table, from a dict with some of COLUMNS."""
-        cells = []
-        for name, width in COLUMNS.items():
-            value = row.get(name)
-            if value is None:
-                value = ''
-            elif isinstance(value, float):
-                value = f'{value:.4f}'
-            cells.append(str(value).rjust(width))
-        self.print(f'| {" | ".join(cells)} |')
-
-    def check(self):
-        """Raise the error that printing had, if any, once everything is written that must be."""
-        if isinstance(self.error, BrokenPipeError):
-            raise self.error
-        if self.error:
-            raise UserError(f'nothing can be printed any more: {first_lines(self.error)}')
+def print_row(row):
+    """Print a row of the table, from a dict with some of COLUMNS."""
+    cells = []
+    for name, width in COLUMNS.items():
+        value = row.get(name)
+        if value is None:
+            value = ''
+        elif isinstance(value, float):
+            value = f'{value:.4f}'
+        cells.append(str(value).rjust(width))
+    print_line(f'| {" | ".join(cells)} |')
 
 
 #### Preparing #####################################################################################
@@ -159,16 +140,11 @@ def describe_compile_error(error):
 
 
 def join_ranks(recipe, device):
-    """Let all ranks meet. Raises UserError if they cannot."""
-    needed = ('RANK', 'MASTER_ADDR', 'MASTER_PORT')
-    missing = [name for name in needed if not os.environ.get(name)]
-    if process_count() > 1 and missing:
-        names = ', '.join(missing)
-        raise UserError(f'WORLD_SIZE is set, but not {names}; start the ranks with torchrun')
+    """Let all ranks meet. Raises UserError if the environment does not say where."""
     try:
         recipe.join_ranks(device)
-    except RuntimeError as error:
-        raise UserError(f'the ranks cannot meet: {first_lines(error)}') from error
+    except ValueError as error:
+        raise UserError(first_lines(error)) from error
 
 
 def warm_up(recipe, loaders, hyp, faster):
@@ -184,6 +160,14 @@ def warm_up(recipe, loaders, hyp, faster):
         line = describe_compile_error(error)
         raise UserError(f'the warm-up run failed: {line}') from error
     return time.perf_counter() - start
+
+
+def find_damage(net):
+    """Why a network must not count: the first of its tensors that is not finite. Or None."""
+    for name, value in net.state_dict().items():
+        if not value.isfinite().all():
+            return f'{name} is not finite'
+    return None
 
 
 #### One command ###################################################################################
@@ -202,24 +186,26 @@ class Command:
     config: dict  # what all runs of the log have in common
     about: dict  # what each run's record says about the machine
     saves_networks: bool
-    output: Output = field(default_factory=Output)
 
     def make_run(self, run):
         """Train run number `run`, log it and print its result."""
         net, record = self.train(run)
         self.log_run(run, net, record)
-        self.output.check()
 
     def train(self, run, **options):
         """(net, record) of a run. `options` are for the recipe's `train`."""
 
         def on_epoch(row):
             if is_first_process():
-                self.output.print_row({'run': run} | row)
+                print_row({'run': run} | row)
 
         seed = self.config['seed'] + run
         options |= self.faster
-        return self.recipe.train(*self.loaders, self.hyp, seed, on_epoch, **options)
+        net, record = self.recipe.train(*self.loaders, self.hyp, seed, on_epoch, **options)
+        damage = find_damage(net)
+        if damage:
+            record.setdefault('failed', damage)
+        return net, record
 
     def log_run(self, run, net, record):
         """Write the run and then print its result, even if it could not be written."""
@@ -244,18 +230,18 @@ class Command:
         runs.write_json(file, record)
 
     def print_result(self, run, record):
-        self.output.print_row({'run': run, 'epoch': 'eval'} | record)
+        print_row({'run': run, 'epoch': 'eval'} | record)
         for number, worker in enumerate(record.get('workers', [])):
             if worker.get('failed'):
-                self.output.print(f'run {run}: worker {number} is left out: {worker["failed"]}')
+                print_line(f'run {run}: worker {number} is left out: {worker["failed"]}')
         if 'failed' in record:
-            self.output.print(f'run {run} failed: {record["failed"]}')
+            print_line(f'run {run} failed: {record["failed"]}')
 
     def read_records(self):
         return runs.read_records(self.folder, self.config['seed'])
 
     def print_start(self, wanted, missing):
-        self.output.print(
+        print_line(
             '{path}: {train} training and {test} test images; '.format(**self.config['data'])
             + '{device}, {dtype}, {mode}, {kernels} kernels'.format(**self.config, **self.about)
         )
@@ -264,8 +250,8 @@ class Command:
             f'{key}={value}' for key, value in flat(self.hyp).items() if value != default.get(key)
         ]
         if changes:
-            self.output.print(f'changes of hyp: {" ".join(changes)}')
-        self.output.print(f'{missing} of {wanted} runs left; log in {self.folder}')
+            print_line(f'changes of hyp: {" ".join(changes)}')
+        print_line(f'{missing} of {wanted} runs left; log in {self.folder}')
 
     def count_missing(self, wanted):
         return runs.count_missing(self.read_records(), wanted)
@@ -285,12 +271,12 @@ class Command:
             seconds = warm_up(self.recipe, self.loaders, self.hyp, self.faster)
             self.about['warm_up_seconds'] = seconds
         if is_first_process():
-            self.output.print_row({name: name for name in COLUMNS})
+            print_row({name: name for name in COLUMNS})
         try:
             self.make_runs(wanted)
         except BaseException:
             if is_first_process():
-                self.output.print(f'to go on, run the same command with --out {self.folder}')
+                print_line(f'to go on, run the same command with --out {self.folder}')
                 with suppress(UserError, OSError):  # the disk may be full
                     self.close()
             raise
@@ -298,7 +284,8 @@ class Command:
     def close(self):
         """Write log.json with the runs so far, and print their summary. Returns the summary."""
         records = list(self.read_records().values())
-        summary = summarize(records, self.hyp['target'])
+        chance = commonest_share(self.image_set.test[1])
+        summary = summarize(records, self.hyp['target'], chance)
         try:
             log = self.config | {'runs': records, 'summary': summary}
             runs.write_json(self.folder / 'log.json', log)
@@ -315,8 +302,8 @@ class Command:
     def finish(self, wanted):
         """Print the summary if no other process is still at work. Returns the exit code."""
         if runs.count_missing(self.read_records(), wanted) > 0:
-            print('other processes are making the last runs; if they are lost, ', end='')
-            print('run the command again')
+            print('other processes are making the last runs; if they are lost, run the command')
+            print(f'again; if runs are still missing then, delete {self.folder / "locks"}')
             return 0
         summary = self.close()
         # torchrun would take 1 for a lost process, and start everything again.

@@ -1,15 +1,16 @@
 """`lab report` and the summary, against hand calculations, the kept logs, and mistakes."""
 
 import json
-import math
 import os
 import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, call, refuse
 
-from lab import summary
+import airbench94
+from lab import runs, summary
 from lab.summary import print_summary, read_log, summarize
 
 KEPT = sorted((ROOT / 'logs').glob('*.json'))
@@ -27,8 +28,8 @@ def make_log(accuracies, seconds=4.0, target=0.94, **more):
         }
         for seed, accuracy in enumerate(accuracies)
     ]
-    content = {'hyp': {'target': target}, 'data': {'is_cifar10': True}, 'dtype': 'float16'}
-    return content | {'runs': runs} | more
+    content = {'hyp': {'target': target}, 'seed': 0, 'data': {'is_cifar10': True}}
+    return content | {'dtype': 'float16', 'runs': runs} | more
 
 
 def fail(run, reason):
@@ -159,6 +160,22 @@ def test_a_folder_is_read_while_its_runs_go_on(write, show, tmp_path):
     assert row_of(show(folder), 'thousand')[1:4] == ['3', '0', '94.00%']
     write('{"seed": 3, ', 'thousand/runs/00003.json')
     assert '00003.json: is not JSON' in refuse('report', folder)
+    write(runs[1], 'thousand/runs/00003.json')
+    line = refuse('report', folder)
+    assert line.endswith('00003.json: has the seed of another run, 1; lab run makes the run again')
+
+
+def test_a_log_that_was_changed_is_refused(show, tmp_path):
+    """Also a log that a recipe's own main has written."""
+    path = tmp_path / 'a.json'
+    runs.write_json(path, make_log([0.94, 0.95]))
+    assert airbench94.write_log(tmp_path / 'b.json', make_log([0.93, 0.95]))
+    for name, mean in (('a', '94.50%'), ('b', '94.00%')):
+        path = tmp_path / f'{name}.json'
+        assert row_of(show(path), f'{name} ')[3] == mean
+        path.write_text(path.read_text().replace('0.95', '0.96'))
+        line = refuse('report', path)
+        assert line.startswith(f'{path}: is damaged, or was edited: it has another checksum; ')
 
 
 def test_a_folder_may_have_a_log_alone(write, show, tmp_path):
@@ -205,7 +222,7 @@ def test_logs_readme_names_every_kept_file():
     [
         ('{"runs": [', 'is not JSON'),
         (b'\xff\xfe\x00'.decode('latin-1'), 'is not JSON'),
-        ('[1, 2]', 'is not a log'),
+        ('[1, 2]', 'holds no dict'),
         ('{"name": "a package"}', 'is not a log'),
         ({'runs': {'0': 1}}, 'is not a log'),
         (make_log([]), 'has no runs'),
@@ -271,6 +288,15 @@ def test_a_plot_does_not_need_the_backend_of_a_notebook(monkeypatch):
     assert 'MPLBACKEND' not in os.environ  # which matplotlib reads when it is imported
 
 
+def test_everything_in_logs_can_be_given(show):
+    """As the shell expands logs/*."""
+    paths = sorted((ROOT / 'logs').iterdir())
+    text = show(*paths)
+    for path in paths:
+        is_log = path.suffix == '.json'
+        assert (f'\n{path.stem} ' if is_log else f'skipped {path}: ') in text
+
+
 def test_a_recipes_own_log_is_read(write, show):
     """Its main has the device once, and counts no operations."""
     content = make_log([0.93, 0.95], device='a laptop')
@@ -286,6 +312,7 @@ def test_among_several_what_is_no_log_is_skipped_by_name(write, show, tmp_path):
     log = write(make_log([0.93, 0.95]), 'folder/log.json')
     others = [write('# README', 'README.md'), write('{"a": 1}', 'other.json'), tmp_path / 'empty']
     others[-1].mkdir()
+    others += [write(make_log([]), 'no-runs.json'), write(make_log([94.0]), 'impossible.json')]
     text = show(*others, log)
     assert all(f'skipped {path}: ' in text for path in others)
     assert row_of(text, 'folder')[1:4] == ['2', '0', '94.00%'] and 'against' not in text
@@ -299,38 +326,56 @@ def test_among_several_what_is_no_log_is_skipped_by_name(write, show, tmp_path):
 def test_summary_against_known_statistics():
     records = make_log([0.939, 0.940, 0.941, 0.942])['runs']
     failed = {'failed': 'the loss is nan at step 3', 'tta_val_acc': None}
-    found = summarize([*records, failed], target=0.94)
-    assert (found['n'], found['failed'], found['target']) == (4, 1, 0.94)
+    found = summarize([*records, failed], target=0.94, chance=0.1)
+    assert (found['n'], found['failed'], found['target'], found['chance']) == (4, 1, 0.94, 0.1)
     assert found['mean'] == pytest.approx(0.9405)
     assert found['std'] == pytest.approx(0.001290994, rel=1e-6)  # as by hand above
     assert found['p_value'] == pytest.approx(0.2475, abs=5e-4)
     width = 3.182446 * 0.000645497
     assert found['ci95'] == pytest.approx([0.9405 - width, 0.9405 + width])
-    assert summarize(records[:1], 0.94)['p_value'] is None
-    assert summarize([records[0], records[0]], 0.94)['p_value'] is None
-    assert summarize([], 0.94)['mean'] is None
+    assert summarize(records[:1], 0.94, 0.1)['p_value'] is None
+    assert summarize([records[0], records[0]], 0.94, 0.1)['p_value'] is None
+    assert summarize([], 0.94, 0.1)['mean'] is None
 
 
 @pytest.fixture
 def printed_summary(capsys):
     """printed_summary(accuracies, ...) -> what a command prints at its end."""
 
-    def printed_summary(accuracies, is_cifar10=True, pflop=0.36):
+    def printed_summary(accuracies, is_cifar10=True, pflop=0.36, chance=0.1, tests=10000):
         records = make_log(accuracies)['runs']
         records = [record | {'pflop': pflop} for record in records]
-        data = {'classes': list('0123456789'), 'test': 10000, 'path': 'mine'}
-        data['is_cifar10'] = is_cifar10
-        print_summary(summarize(records, 0.94), records, data)
+        data = {'test': tests, 'path': 'mine', 'is_cifar10': is_cifar10}
+        print_summary(summarize(records, 0.94, chance), records, data)
         return capsys.readouterr().out
 
     return printed_summary
 
 
-def test_a_mean_no_better_than_chance_is_said(printed_summary):
-    limit = 0.1 + 3 * math.sqrt(0.1 * 0.9 / 10000)
-    said = 'that is no better than chance, 0.1000: the network learned nothing'
-    assert said in printed_summary([limit - 0.002, limit])
-    assert said not in printed_summary([limit + 0.002, limit])
+@pytest.mark.parametrize(
+    ('accuracy', 'chance', 'tests', 'is_said'),
+    [
+        (0.1094, 0.1, 10000, True),  # p = 0.00104
+        (0.1095, 0.1, 10000, False),  # p = 0.00093
+        (0.9, 0.9, 10000, True),  # always the class of 90% of the images
+        (0.95, 0.9, 10000, False),
+        (1.0, 0.5, 9, False),  # 0.5**9 = 0.002: too few to tell
+        (0.5, 0.5, 9, False),
+        (0.5, 0.5, 10, True),  # 0.5**10 = 0.00098: just enough
+        (1.0, 0.5, 10, False),
+        (1.0, 1.0, 1000, False),  # a single class
+    ],
+)
+def test_an_accuracy_that_may_be_chance_is_said(accuracy, chance, tests, is_said, printed_summary):
+    line = f'not significantly better than always answering the commonest class, {chance:.4f}\n'
+    for accuracies in ([accuracy], [accuracy] * 5):
+        out = printed_summary(accuracies, chance=chance, tests=tests)
+        assert (line in out) == is_said
+
+
+def test_the_commonest_class_is_that_of_the_labels():
+    labels = torch.tensor([3, 1, 3, 3, 0])
+    assert summary.commonest_share(labels) == 0.6
 
 
 def test_what_a_summary_says(printed_summary):

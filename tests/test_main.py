@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +19,25 @@ QUICK = """    settings['opt']['train_epochs'] = 1
 """
 
 
+# After this, the statistics of BatchNorm are not finite, while losses and weights are.
+BROKEN = """def evaluate(net, *args, **options):
+    for name, value in net.named_buffers():
+        if name.endswith('norm.running_mean'):
+            value.fill_(math.nan)
+    return 0.1"""
+
+
 def copy_alone(recipe, folder):
     """Copy a recipe into an empty folder, edited to be quick on the digits."""
-    source = (ROOT / recipe).read_text()
-    assert source.count('    return settings\n') == 1
-    script = folder / Path(recipe).name
-    script.write_text(source.replace('    return settings\n', QUICK))
+    script = Path(shutil.copy(ROOT / recipe, folder))
+    edit(script, '    return settings\n', QUICK)
     return script
+
+
+def edit(script, old, new):
+    source = script.read_text()
+    assert source.count(old) == 1
+    script.write_text(source.replace(old, new))
 
 
 def run(script, *args, **environment):
@@ -116,26 +130,100 @@ def test_a_set_of_your_own_is_for_the_lab(folder, tmp_path):
     assert sorted(folder.iterdir()) == before
 
 
-def test_without_stderr_a_recipe_trains(tmp_path):
-    script = copy_alone('airbench94.py', tmp_path)
-    command = f"'{sys.executable}' {script.name} --data digits 2>&-"
-    done = subprocess.run(
-        ['bash', '-c', command],
-        cwd=tmp_path,
-        env=ALONE,
+def run_in_shell(command, folder, **environment):
+    """Run a line of bash. {python} in it is this Python."""
+    return subprocess.run(
+        ['bash', '-c', command.format(python=f"'{sys.executable}'")],
+        cwd=folder,
+        env=ALONE | environment,
         capture_output=True,
         text=True,
         timeout=200,
     )
-    assert done.returncode == 0 and 'n=1, 0 failed' in done.stdout
 
 
-def test_a_log_that_cannot_be_written_stops_no_run(tmp_path):
+@pytest.mark.parametrize(
+    'command',
+    [
+        '{python} airbench94.py --data digits 2>&-',
+        '{python} airbench94.py --data digits >&-',
+        '{python} -OO airbench94.py --data digits',
+        '{python} airbench94.py --data digits > /dev/full',
+        'set -o pipefail; {python} airbench94.py --data digits --runs 3 | head -n 3',
+        'set -o pipefail; {python} airbench94.py --data digits --runs 3 2>&1 | head -n 3',
+    ],
+)
+def test_whatever_becomes_of_its_output_a_recipe_trains(command, tmp_path):
+    script = copy_alone('airbench94.py', tmp_path)
+    done = run_in_shell(command, tmp_path)
+    assert (done.returncode, done.stderr) == (0, '')
+    wanted = 3 if '--runs 3' in command else 1
+    assert len(load_log(script)['runs']) == wanted
+    if wanted == 3:
+        assert len(done.stdout.splitlines()) == 3
+
+
+@pytest.mark.parametrize(('encoding', 'printed'), [('ascii', r'\u732b'), ('cp1252', r'\u732b')])
+def test_a_terminal_may_lack_letters(encoding, printed, tmp_path):
+    """Here those of the device's name, which is also in the script."""
+    script = copy_alone('airbench94.py', tmp_path)
+    edit(script, "return f'{platform.machine()}", "return f'猫 {platform.machine()}")
+    ascii_only = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+    done = run(script, '--data', 'digits', PYTHONIOENCODING=encoding, **ascii_only)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout.startswith(f'{printed} ')
+    log = load_log(script)
+    assert log['device'].startswith('猫 ') and log['source'] == script.read_text()
+
+
+def test_ctrl_c_ends_a_recipe_in_one_line(tmp_path):
+    script = copy_alone('airbench94.py', tmp_path)
+    command = [sys.executable, script.name, '--data', 'digits', '--runs', '1000']
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    with subprocess.Popen(command, cwd=tmp_path, env=ALONE, **pipes) as process:
+        while '| 0 |' not in ' '.join(process.stdout.readline().split()):
+            pass
+        while 'eval' not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, 'airbench94.py: interrupted\n')
+    assert len(load_log(script)['runs']) >= 1
+
+
+@pytest.mark.parametrize('recipe', ['airbench94.py', 'records/record94.py', 'swap94.py'])
+def test_a_network_that_is_not_finite_is_a_failed_run(recipe, tmp_path):
+    """Training ends with finite losses and weights, and the statistics are not finite."""
+    script = copy_alone(recipe, tmp_path)
+    source = script.read_text()
+    start = source.index('def evaluate(')
+    end = source.index('\n\n\n', start)
+    script.write_text(source[:start] + BROKEN + source[end:])
+    done = run(script, '--data', 'digits')
+    assert done.returncode == 0 and 'all runs failed' in done.stdout
+    (file,) = tmp_path.glob('logs/*.json')
+    (record,) = json.loads(file.read_text())['runs']
+    assert record['failed'].endswith('norm.running_mean is not finite')
+
+
+def test_a_log_that_cannot_be_written_any_more_stops_no_run(tmp_path):
+    """As if the folder were replaced while the first run is trained."""
     script = copy_alone('records/record94.py', tmp_path)
-    (script.parent / 'logs').write_text('a file, where the folder should be')
+    after = "        log['runs'].append(record)\n"
+    edit(script, after, f"{after}        os.rmdir('logs')\n        Path('logs').touch()\n")
     done = run(script, '--data', 'digits')
     assert done.returncode == 2 and 'n=1, 0 failed' in done.stdout and 'log in' not in done.stdout
-    assert 'the log was not written: ' in done.stderr
+    assert 'record94.py: the log was not written: ' in done.stderr
+
+
+@pytest.mark.parametrize('recipe', ['airbench94.py', 'swap94.py'])
+def test_where_no_log_can_be_written_nothing_is_trained(recipe, tmp_path):
+    script = copy_alone(recipe, tmp_path)
+    (script.parent / 'logs').write_text('a file, where the folder should be')
+    done = run(script, '--data', 'digits')
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith(f'{script.name}: no log can be written: [Errno 17] File exists')
+    assert done.stderr.endswith('; go to a folder where you can write\n')
 
 
 @pytest.mark.parametrize('name', ['airbench94', 'airbench95', 'airbench96', 'records.record94'])
