@@ -89,6 +89,8 @@ def write_tensors(path, content):
 
 #### Locks #########################################################################################
 
+PATIENCE = 60  # seconds for a lock that others have for a moment only
+
 
 @contextmanager
 def locked(path, timeout=0):
@@ -161,7 +163,7 @@ def open_log(folder, config):
     if others and not file.exists():
         raise UserError(f'--out {folder}: holds {others[0]}, and no log; choose another folder')
     try:
-        with locked(folder / 'config.lock', timeout=60):  # which it takes a moment to write
+        with locked(folder / 'config.lock', PATIENCE):
             if not file.exists():
                 write_json(file, config)
     except Timeout as error:

@@ -1,11 +1,14 @@
 """Runs that processes share through one folder, and what is left after an end of any kind."""
 
 import contextlib
+import errno
+import fcntl
 import io
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ONE_THREAD, ROOT, TINY, call, figures, load_log, random_set, refuse, save_set
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import airbench94
 from lab import runs
@@ -27,11 +32,11 @@ WANTED = 10
 
 
 @contextlib.contextmanager
-def running(*args, cwd, launcher=(), **options):
+def running(*args, cwd, launcher=(), **environment):
     """`python -m lab run` in a process of its own, which ends with the context if not before."""
     command = [sys.executable, *launcher, '-m', 'lab', 'run', *map(str, args)]
-    options = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True} | options
-    env = ONE_THREAD | {'PYTHONPATH': str(ROOT)}
+    options = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    env = ONE_THREAD | {'PYTHONPATH': str(ROOT)} | environment
     with subprocess.Popen(command, cwd=cwd, env=env, **options) as process:
         try:
             yield process
@@ -61,6 +66,12 @@ def finished(out):
     """The numbers of the runs whose results were printed."""
     rows = [line.split() for line in out.splitlines() if line.startswith('|')]
     return [int(row[1]) for row in rows if row[3] == 'eval']
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
 
 
 def kill_rank(rank, torchrun):
@@ -149,7 +160,9 @@ def test_the_last_runs_may_be_those_of_another_process(tmp_path, folder, quick, 
     assert call(*args) == 0
     with runs.FileLock(tmp_path / 'log' / 'locks' / '00001.lock'):
         assert call(*args, '--runs', 3) == 0
-    assert 'other processes are making the last runs; ' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'other processes are making the last runs; ' in out
+    assert f'if runs are still missing then, delete {tmp_path / "log" / "locks"}\n' in out
     assert quick == [0, 2]
     assert call(*args, '--runs', 3) == 0
     assert quick == [0, 2, 1] and load_log(tmp_path / 'log')['summary']['n'] == 3
@@ -421,6 +434,96 @@ def test_an_error_in_the_middle_keeps_the_finished_runs(tmp_path, folder, monkey
     assert load_log(tmp_path / 'log')['summary']['n'] == 2
 
 
+CONFIG = {'script': 'a.py', 'hyp': {'opt': {'lr': 11.5}}, 'seed': 5, 'data': {'path': 'cifar10'}}
+RECORD = {'seed': 7, 'tta_val_acc': 0.94, 'seconds': 2.5, 'epochs': [{'epoch': 1, 'val_acc': 0.9}]}
+
+
+@st.composite
+def damaged(draw, content):
+    """Bytes that were cut off somewhere, or of which one has changed."""
+    place = draw(st.integers(0, len(content) - 1))
+    if draw(st.booleans()):
+        return content[:place]
+    byte = bytes([content[place] ^ draw(st.integers(1, 255))])
+    return content[:place] + byte + content[place + 1 :]
+
+
+@pytest.fixture(scope='module')
+def small_log(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('small')
+    runs.open_log(folder, CONFIG)
+    runs.write_json(runs.run_file(folder, 2), RECORD)
+    return folder
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_a_damaged_record_is_made_again_or_right(data, small_log):
+    file = runs.run_file(small_log, 2)
+    content = file.read_bytes()
+    changed = data.draw(damaged(content))
+    try:
+        file.write_bytes(changed)
+        found = runs.read_records(small_log, seed=5)
+        if found == {}:
+            assert file.with_suffix('.damaged').read_bytes() == changed
+        else:
+            assert found == {2: RECORD}
+    finally:
+        file.write_bytes(content)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_a_damaged_config_is_refused_or_right(data, small_log):
+    file = small_log / 'config.json'
+    content = file.read_bytes()
+    try:
+        file.write_bytes(data.draw(damaged(content)))
+        try:
+            runs.open_log(small_log, CONFIG)
+        except UserError as error:
+            assert str(error).startswith(f'{file}: ') and '\n' not in str(error)
+        else:
+            assert runs.read_json(file) == CONFIG
+    finally:
+        file.write_bytes(content)
+
+
+#### Locks #########################################################################################
+
+
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.EOPNOTSUPP, 524])
+@pytest.mark.parametrize('name', ['config.lock', '00000.lock', 'call.lock'])
+def test_a_file_system_without_locks_is_named(number, name, tmp_path, folder, quick, monkeypatch):
+    flock = fcntl.flock
+
+    def flock_others(file, operation):
+        if os.readlink(f'/proc/self/fd/{file}').endswith(f'/{name}'):
+            raise OSError(number, os.strerror(number))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, 'flock', flock_others)
+    monkeypatch.chdir(tmp_path)
+    command = ['run', *SWAP] if name == 'call.lock' else [*RUN, '--out', 'log', *TINY]
+    line = refuse(*command, '--data', folder)
+    assert f'{name}: cannot be locked: [Errno {number}] ' in line
+    assert line.endswith('; choose a folder where you may write, on a file system that has locks')
+    assert quick == []
+
+
+def test_a_lock_that_another_machine_has_left_is_named(tmp_path, folder, quick, monkeypatch):
+    """The other machine is this process."""
+    monkeypatch.setattr(runs, 'PATIENCE', 0.1)
+    args = [*RUN, '--data', folder, '--out', tmp_path / 'log', *TINY]
+    lock = tmp_path / 'log' / 'config.lock'
+    lock.parent.mkdir()
+    with runs.locked(lock):
+        line = refuse(*args)
+    assert line.endswith(f'another command is at work there; if there is none, delete {lock}')
+    assert quick == []
+
+
 #### Another command ###############################################################################
 
 
@@ -571,3 +674,13 @@ def test_empty_variables_of_a_launcher_mean_one_process(
     monkeypatch.setenv('RANK', '1')  # a launcher's rest: still the only process, which prints
     assert call(*RUN, '--data', folder, '--out', tmp_path / 'rest', *TINY) == 0
     assert finished(capsys.readouterr().out) == [0, 0]
+
+
+@pytest.mark.parametrize(('rank', 'whom'), [(0, 'the 1 others'), (1, 'rank 0, and then for all ')])
+def test_a_rank_that_waits_says_for_whom_and_where(rank, whom, tmp_path, folder):
+    port = str(free_port())
+    place = {'RANK': str(rank), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+    with running(*SWAP, '--data', folder, cwd=tmp_path, WORLD_SIZE='2', **place) as process:
+        line = process.stdout.readline()
+    assert line.startswith(f'rank {rank} of 2 waits for {whom}')
+    assert line.endswith(f' at 127.0.0.1:{port}\n')

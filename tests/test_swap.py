@@ -376,6 +376,50 @@ def test_tau_ends_phase_1_with_the_epoch_that_reaches_it(swap):
     assert accuracies(0) == free[:1] and accuracies(free[1]) == free[:2]
 
 
+@pytest.mark.parametrize(
+    'ended', [['phase1.tau=0', 'phase2.workers=0'], ['phase2.tau=0', 'phase2.workers=1']]
+)
+def test_statistics_are_of_the_images_of_the_epoch_in_which_tau_ended_it(ended, swap, monkeypatch):
+    """The first epoch serves all 100 images, and the next one would leave out a quarter."""
+    served = []
+
+    def recording_statistics(net, loader, *args):
+        served.append(len(loader.images))
+        recompute_statistics(net, loader, *args)
+
+    monkeypatch.setattr(swap94, 'recompute_statistics', recording_statistics)
+    selection = ['phase1.selection.from=1', 'phase2.selection.from=0.4']
+    if 'phase1.tau=0' in ended:
+        selection = ['phase1.selection.from=0.4']
+    _, record, _ = swap(*ended, *selection, 'phase2.train_epochs=2')
+    fits = [record['phase1'], *record['workers']]
+    assert 1 in [len(fitted['epochs']) for fitted in fits]
+    assert served == [100] * (len(fits) + 1)
+
+
+@pytest.mark.parametrize(('broken', 'is_failed'), [(0, True), (2, False), (3, True)])
+def test_statistics_that_are_not_finite_leave_a_network_out(broken, is_failed, swap, monkeypatch):
+    """Those of phase 1, of the second worker, or of the average, in the order of measuring."""
+    measured = []
+
+    def breaking_statistics(net, loader, *args):
+        recompute_statistics(net, loader, *args)
+        if len(measured) == broken:
+            [*_, running] = [value for name, value in net.named_buffers() if 'running_var' in name]
+            running[0] = math.nan
+        measured.append(net)
+
+    monkeypatch.setattr(swap94, 'recompute_statistics', breaking_statistics)
+    net, record, workers = swap('phase2.workers=2')
+    assert ('failed' in record) == is_failed
+    if is_failed:
+        assert record['failed'].endswith('.norm.running_var is not finite')
+    else:
+        assert record['workers'][1]['failed'].endswith('.norm.running_var is not finite')
+        assert 'val_acc' not in record['workers'][1]
+        assert_mean(net, workers[:1])
+
+
 def test_without_workers_the_result_is_phase_1(swap, tmp_path):
     net, record, _ = swap('phase2.workers=0')
     (path,) = tmp_path.iterdir()
