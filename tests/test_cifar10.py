@@ -1,6 +1,7 @@
 """Where the recipes get CIFAR-10: its sources, their failures, and what is left in the folder."""
 
 import contextlib
+import errno
 import hashlib
 import http.server
 import io
@@ -71,7 +72,6 @@ def archive(monkeypatch):
     monkeypatch.setattr(CIFAR10, 'train_list', [[name, md5[name]] for name in names[:5]])
     monkeypatch.setattr(CIFAR10, 'test_list', [['test_batch', md5['test_batch']]])
     monkeypatch.setattr(CIFAR10, 'meta', meta)
-    monkeypatch.setattr(CIFAR10, 'url', CIFAR10.url)  # the recipe replaces it
     return content
 
 
@@ -167,6 +167,84 @@ def test_of_several_processes_one_downloads(server, tmp_path, monkeypatch):
     assert len(requests) <= 2  # torchvision first follows redirects, and then downloads
 
 
+def unpack(archive, folder):
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(folder, filter='data')
+    return folder / 'cifar-10-batches-py'
+
+
+@pytest.mark.parametrize('fault', ['missing', 'half', 'flipped'])
+@pytest.mark.parametrize('name', ['data_batch_4', 'test_batch', 'batches.meta'])
+def test_what_was_unpacked_in_part_is_fetched_again(
+    name, fault, archive, server, tmp_path, monkeypatch
+):
+    file = unpack(archive, tmp_path) / name
+    content = file.read_bytes()
+    faults = {'half': content[: len(content) // 2], 'flipped': b'?' + content[1:]}
+    file.unlink()
+    if fault in faults:
+        file.write_bytes(faults[fault])
+    url, requests = server
+    monkeypatch.setenv('CIFAR10_URL', f'{url}/whole')
+    check_sets(tmp_path)
+    assert requests and file.read_bytes() == content
+
+
+def link_to_nowhere(folder):
+    folder.symlink_to('/not/mounted')
+
+
+def file_instead(folder):
+    folder.write_text('hello')
+
+
+def file_above(folder):
+    folder.parent.rmdir()
+    folder.parent.write_text('hello')
+
+
+@pytest.mark.parametrize('make', [link_to_nowhere, file_instead, file_above])
+def test_a_folder_that_cannot_be_one_is_named_with_the_way_out(make, tmp_path):
+    folder = tmp_path / 'data' / 'cifar10'
+    folder.parent.mkdir()
+    make(folder)
+    with pytest.raises(OSError) as error:
+        load_cifar10(folder, True)
+    line = str(error.value)
+    assert line.startswith(f'CIFAR-10 cannot be put into {folder}: [Errno ')
+    assert line.endswith('; delete it, or give another folder with --data') and '\n' not in line
+
+
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.EOPNOTSUPP, 524, errno.EACCES])
+def test_a_folder_that_cannot_be_locked_is_named(number, tmp_path, monkeypatch):
+    def acquire(lock, timeout):
+        raise OSError(number, 'no locks here')
+
+    monkeypatch.setattr(airbench94.FileLock, 'acquire', acquire)
+    with pytest.raises(OSError, match=f'CIFAR-10 cannot be put into {tmp_path}: .*no locks here'):
+        load_cifar10(tmp_path, True)
+
+
+def test_a_lock_that_is_not_released_is_named(archive, server, tmp_path, monkeypatch, capsys):
+    """Another process, perhaps on another machine, has locked the folder, and then ends."""
+    url, _ = server
+    monkeypatch.setenv('CIFAR10_URL', f'{url}/whole')
+    other = airbench94.FileLock(tmp_path / 'download.lock')
+    acquire = airbench94.FileLock.acquire
+
+    def impatient_acquire(lock, timeout=None):
+        if timeout is None:
+            other.release()
+        return acquire(lock, timeout=timeout and 0.1)
+
+    acquire(other)
+    monkeypatch.setattr(airbench94.FileLock, 'acquire', impatient_acquire)
+    check_sets(tmp_path)
+    lock = tmp_path / 'download.lock'
+    line = f'waiting for {lock}; if no other process is downloading, delete it, or give another '
+    assert capsys.readouterr().out.startswith(line)
+
+
 #### The npm package ###############################################################################
 
 
@@ -202,6 +280,19 @@ def test_npm_has_the_same_images(npm, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['cifar10.pt', 'download.lock']
     monkeypatch.setenv('CIFAR10_URL', 'nonsense')
     check_sets(tmp_path)
+
+
+@pytest.mark.parametrize('fault', ['half', 'flipped', 'other'])
+def test_a_damaged_file_from_npm_is_made_again(fault, npm, tmp_path):
+    check_sets(tmp_path)
+    file = tmp_path / 'cifar10.pt'
+    content = file.read_bytes()
+    place = content.index(SETS[True][0].numpy().tobytes())
+    faults = {'half': content[:place], 'other': b'hello'}
+    faults['flipped'] = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    file.write_bytes(faults[fault])
+    check_sets(tmp_path)
+    assert file.read_bytes() == content
 
 
 @pytest.mark.parametrize('name', ['package/data_batch_3.png', 'package/test_batch.png'])

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import NOBODY, ONE_THREAD, ROOT
+
+import swap94
 
 ALONE = {name: value for name, value in ONE_THREAD.items() if name != 'PYTHONPATH'}
 # An edit that a user could make: the digits train a narrow network for an epoch.
@@ -117,6 +120,32 @@ def test_a_mistake_is_one_line(args, line, tmp_path):
     *usage, last = done.stderr.splitlines()
     assert line in last and all(text.startswith(('usage:', ' ')) for text in usage)
     assert [path.name for path in tmp_path.iterdir()] == [script.name]
+
+
+@pytest.mark.parametrize(
+    ('variables', 'line'),
+    [
+        ('WORLD_SIZE=2 RANK=0', 'WORLD_SIZE is set, but not MASTER_ADDR, MASTER_PORT; start the '),
+        ('WORLD_SIZE=two', 'WORLD_SIZE=two in the environment: must be a number'),
+    ],
+)
+def test_incomplete_variables_of_a_launcher_are_one_line(variables, line, tmp_path):
+    script = copy_alone('swap94.py', tmp_path)
+    environment = dict(variable.split('=') for variable in variables.split())
+    done = run(script, '--data', 'digits', **environment)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith(f'swap94.py: {line}') and done.stderr.count('\n') == 1
+
+
+def test_the_rank_on_a_machine_may_be_empty_but_must_be_a_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', bool(1).__bool__)
+    monkeypatch.setattr(torch.cuda, 'set_device', str)
+    for text, gpu in (('', 0), ('3', 3)):
+        monkeypatch.setenv('LOCAL_RANK', text)
+        assert swap94.pick_device()[0] == torch.device('cuda', gpu)
+    monkeypatch.setenv('LOCAL_RANK', 'x')
+    with pytest.raises(ValueError, match='LOCAL_RANK=x in the environment: must be a number'):
+        swap94.pick_device()
 
 
 def test_a_set_of_your_own_is_for_the_lab(folder, tmp_path):
