@@ -2,16 +2,24 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from lab.data import read_picture
+from lab.data import read_tensors, stack_pictures
 from lab.errors import UserError
+from lab.pictures import PREPARATION
 from lab.recipes import load_recipe, read_source
 from lab.runs import write_tensors
 
 ROOT = Path(__file__).parent.parent
-CONTENT = {'recipe', 'source', 'hyp', 'classes', 'mean', 'std', 'weights'}
+CONTENT = {
+    'recipe': str,
+    'source': str,
+    'hyp': dict,
+    'classes': list,
+    'mean': list,
+    'std': list,
+    'weights': dict,
+}
 
 
 def save_network(path, net, recipe, hyp, image_set):
@@ -23,20 +31,30 @@ def save_network(path, net, recipe, hyp, image_set):
         'classes': image_set.classes,
         'mean': list(image_set.mean),
         'std': list(image_set.std),
+        'pictures': image_set.pictures,
         'weights': net.state_dict(),
     }
     write_tensors(path, content)
 
 
+def has_content(saved):
+    """Whether this is what `save_network` wrote."""
+    return isinstance(saved, dict) and all(
+        isinstance(saved.get(name), kind) for name, kind in CONTENT.items()
+    )
+
+
 def read_network(path):
     """What `save_network` wrote, as a dict. Raises UserError if the file is something else."""
     try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
+        saved = read_tensors(path)
     except FileNotFoundError as error:
         raise UserError(f'{path}: there is no such file') from error
-    except Exception as error:  # damaged files fail in many ways
+    except PermissionError:
+        raise
+    except Exception as error:
         raise UserError(f'{path}: is damaged, or not written by --save') from error
-    if not isinstance(saved, dict) or not CONTENT <= saved.keys():
+    if not has_content(saved):
         raise UserError(f'{path}: is damaged, or not written by --save')
     return saved
 
@@ -77,20 +95,30 @@ def tta_level(hyp):
     return hyp['net']['tta_level'] if hyp['aug']['flip'] else 0
 
 
+def check_preparation(path, saved):
+    """Print it if `lab data` prepared the training pictures in another way than `predict` does."""
+    prepared = saved.get('pictures')  # None: the set was not made of pictures, or by an older lab
+    if prepared not in (None, PREPARATION):
+        print(f'{path}: its training images were {prepared}; now pictures are {PREPARATION}')
+
+
 def predict(path, pictures, device, dtype):
     """The probability of each class for some pictures: (class names, tensor (pictures, classes)).
 
     Args:
         path: a file that `save_network` wrote.
-        pictures: picture files.
+        pictures: picture files, which are prepared as `lab data` prepares a folder of them.
     """
     recipe = find_recipe(path, read_network(path))
     net, saved = load_network(path, recipe, device, dtype)
-    images = torch.from_numpy(np.stack([read_picture(picture) for picture in pictures]))
+    check_preparation(path, saved)
+    images = torch.from_numpy(stack_pictures(pictures))
     labels = torch.zeros(len(images), dtype=torch.int64)
     options = {'device': device, 'dtype': dtype, 'mean': saved['mean'], 'std': saved['std']}
     loader = recipe.CifarLoader(images, labels, **options)
     logits = recipe.infer(net, loader, tta_level(saved['hyp']))
+    if not logits.isfinite().all():
+        raise UserError(f'{path}: its outputs are not finite, so it says nothing about a picture')
     return saved['classes'], logits.float().softmax(1).cpu()
 
 
