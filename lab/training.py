@@ -326,7 +326,7 @@ class JointCommand(Command):
     def log_run(self, run, net, record):
         if is_first_process():
             super().log_run(run, net, record)
-            shutil.rmtree(self.checkpoints(run))
+            shutil.rmtree(self.checkpoints(run), ignore_errors=True)
 
     def checkpoints(self, run):
         """A folder from which a run continues if a rank was lost."""
@@ -343,7 +343,11 @@ class JointCommand(Command):
         return runs.open_log_together(self.folder, self.config)
 
     def finish(self, wanted):
-        return super().finish(wanted) if is_first_process() else 0
+        if not is_first_process():
+            return 0
+        for run in self.read_records():  # an earlier command may have been killed before it could
+            shutil.rmtree(self.checkpoints(run), ignore_errors=True)
+        return super().finish(wanted)
 
 
 def prepare(args, recipe, device, dtype):

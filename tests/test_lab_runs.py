@@ -615,8 +615,11 @@ def test_all_ranks_make_each_run_together(tmp_path, folder, capsys, monkeypatch)
     assert list((tmp_path / 'log' / 'checkpoints').iterdir()) == []
 
     monkeypatch.chdir(tmp_path)  # a single process makes the same runs, and nothing twice
+    (tmp_path / 'log' / 'checkpoints' / '00001').mkdir()  # left by a command that was killed
+    (tmp_path / 'log' / 'checkpoints' / '00001' / 'phase1.pt').touch()
     assert call('run', *SWAP, '--data', folder) == 0
     assert '0 of 2 runs left' in capsys.readouterr().out
+    assert list((tmp_path / 'log' / 'checkpoints').iterdir()) == []
     assert call('run', *SWAP, '--data', folder, '--out', 'alone') == 0
     alone = load_log(tmp_path / 'alone')
     accuracies = [[run['tta_val_acc'] for run in log['runs']] for log in (together, alone)]
