@@ -8,7 +8,6 @@ needs OUT/votes.npz if OUT/cells is gone.
 
 import copy
 import dataclasses
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,16 +18,16 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm import tqdm
 
 import airbench94
 from lab import networks
-from lab.data import ImageSet, load_set, progress
+from lab.data import ImageSet, load_set, progress, read_tensors
 from lab.errors import Parser, UserError, report_errors
 from lab.machine import DTYPES, describe_machine, is_first_process, pick_device, pick_dtype
 from lab.options import override
-from lab.runs import open_log, write_json
+from lab.runs import locked, open_log, read_json, write_json
 from lab.summary import save_figure
 
 #### Training ######################################################################################
@@ -151,17 +150,30 @@ def cell_file(folder, cell, seed):
     return folder / 'cells' / f'{settings}-seed={seed}.json'
 
 
-def read_record(file):
-    """What a file holds. Raises UserError if it is damaged."""
+def read_file(file, way_out):
+    """The dict in a JSON file. Raises UserError, with the way out, if it is damaged."""
     try:
-        return json.loads(file.read_text())
+        return read_json(file)
     except ValueError as error:
-        raise UserError(f'{file}: is damaged; delete it, and it will be made again') from error
+        raise UserError(f'{file}: {error}; {way_out}') from error
+
+
+def read_cell(file):
+    """A record. Raises UserError if it is damaged, or that of another cell."""
+    way_out = 'delete it, and it will be made again'
+    record = read_file(file, way_out)
+    try:
+        is_whole = file == cell_file(file.parent.parent, record['cell'], record['seed'])
+    except (AttributeError, KeyError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f'{file}: is not the record that its name says; {way_out}')
+    return record
 
 
 def read_cells(folder):
     """The existing records, with their 'cell' and 'seed'. Raises UserError for a damaged one."""
-    return [read_record(file) for file in sorted((folder / 'cells').glob('*.json'))]
+    return [read_cell(file) for file in sorted((folder / 'cells').glob('*.json'))]
 
 
 def read_study(folder):
@@ -169,15 +181,24 @@ def read_study(folder):
 
     Raises UserError if the folder has neither.
     """
+    way_out = 'choose another --out'
     if not (folder / 'cells').is_dir() and (folder / 'study.json').exists():
-        config = read_record(folder / 'study.json')
-        return config, config.pop('records')
+        config = read_file(folder / 'study.json', way_out)
+        return config, config.pop('records', [])
     records = read_cells(folder)
     if not records:
-        raise UserError(f'{folder}: holds no records of a study; choose another --out')
-    config = read_record(folder / 'config.json')
+        raise UserError(f'{folder}: holds no records of a study; {way_out}')
+    config = read_file(folder / 'config.json', way_out)
     write_json(folder / 'study.json', config | {'records': records})
     return config, records
+
+
+def read_networks(file, way_out):
+    """The networks in a file that write_tensors wrote, on the CPU. Raises UserError."""
+    try:
+        return read_tensors(file)
+    except Exception as error:  # damaged files fail in many ways
+        raise UserError(f'{file}: is missing or damaged; {way_out}') from error
 
 
 def in_cell(records, **settings):
@@ -217,7 +238,7 @@ def make_cells(jobs, study, place):
     for cell, seed in progress(missing, study.name):
         file = cell_file(folder, cell, seed)
         try:
-            with FileLock(folder / 'locks' / f'{file.stem}.lock', timeout=0):
+            with locked(folder / 'locks' / f'{file.stem}.lock'):
                 if file.exists():
                     continue
                 start = time.perf_counter()
@@ -260,6 +281,9 @@ def run_study(study, argv=None):
             train_cells(study, args, folder)
         if is_first_process():
             config, records = read_study(folder)
+            if config.get('study') != study.name:
+                found = f'holds records of the study {config.get("study")}'
+                raise UserError(f'{folder}: {found}; choose another --out')
             study.show(config, records, folder)
         return 0
 
@@ -295,12 +319,17 @@ def train_cells(study, args, folder):
     place = Place(settings, folder, image_set, device, dtype)
     about = f'{study.name}, {settings["net"]}, {args.scale} scale, on {device}'
     print(f'{about}; records in {folder}', flush=True)
+    is_waiting = False
     while True:
         jobs = study.plan(settings, read_cells(folder))
         if all(cell_file(folder, *job).exists() for job in jobs):
             return
         if make_cells(jobs, study, place) == 0:
-            time.sleep(1)  # other processes are doing the last ones
+            if is_first_process() and not is_waiting:
+                way_out = f'if there are none, delete the files in {folder / "locks"}'
+                print(f'waiting for other processes, which make the last networks; {way_out}')
+            is_waiting = True
+            time.sleep(1)
 
 
 #### Pictures and tables ###########################################################################

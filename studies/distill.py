@@ -113,10 +113,11 @@ def train_cell(cell, seed, place):
     loader, tests = loaders_of(place, settings['batch_size'])
     loader.seed = seed
     teacher = make_network(settings['net'], loader, settings['share'], seed)
+    images = compared_images(place)
+    observe(teacher, images)  # if the images are too few, it says so before we train
     train_by_steps(teacher, loader, settings['lr'], settings['teacher_epochs'])
     teacher.eval()
     losses = {'labels': cross_entropy, 'teacher': distillation(teacher, settings['temperature'])}
-    images = compared_images(place)
     of_teacher = observe(teacher, images)
     found = {'teacher_acc': airbench94.evaluate(teacher, tests), 'noise': {}}
     for name, loss in losses.items():

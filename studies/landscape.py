@@ -33,6 +33,7 @@ from studies.common import (
     in_cell,
     mean_and_interval,
     paired_p,
+    read_networks,
     run_study,
     save_both,
 )
@@ -70,7 +71,7 @@ def read_or_train(place, hyp, seed):
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
         write_tensors(file, train_networks(place, hyp, seed))
-    return torch.load(file, map_location=place.device, weights_only=True)
+    return read_networks(file, 'delete it, and it will be made again')
 
 
 class Networks:

@@ -181,6 +181,7 @@ def make_training(schedule, seed, place):
     loader, tests = loaders_of(place, settings['batch_size'], settings['augmented'])
     loader.seed = seed
     net = make_network(settings['net'], loader, settings['share'], seed)
+    observe(net, compared_images(place))  # if the images are too few, it says so before we train
     kept = kept_epochs(settings, schedule)
     accuracies = []
 

@@ -323,7 +323,7 @@ def draw_matrices(matrices, noise, stem, networks=('first', 'second')):
         axes.set_xlabel(f'layer of the {networks[1]}')
         axes.set_xticks(range(0, second, 2), range(1, second + 1, 2))
         axes.set_yticks(range(0, first, 2), range(1, first + 1, 2))
-    label = 'similarity; dots: of noise' if noise else 'similarity'
+    label = 'similarity\n(dots: noise)' if noise else 'similarity'
     figure.colorbar(image, ax=grid, label=label)
     save_both(figure, stem)
 

@@ -33,6 +33,7 @@ import numpy as np
 import scipy.stats
 
 import airbench94
+from lab.data import check_whole
 from lab.errors import UserError
 from lab.networks import tta_level
 from lab.runs import write_atomically
@@ -184,14 +185,26 @@ def runs_needed(effect, deviation, p=0.05):
 #### Table and pictures ############################################################################
 
 
+def read_arrays(file, way_out):
+    """The arrays in an .npz file, as a dict. Raises UserError, with the way out."""
+    try:
+        check_whole(file)
+        with np.load(file) as arrays:
+            return dict(arrays)
+    except Exception as error:  # damaged files fail in many ways
+        raise UserError(f'{file}: is missing or damaged; {way_out}') from error
+
+
 def count_votes(records, folder, kind):
     """(how many networks vote for each class, int (images, classes); labels, int (images,))."""
     votes = 0
     for record in records:
-        with np.load(logits_file(folder, record['cell'], record['seed'])) as arrays:
-            labels = arrays['labels']
-            classes = arrays[kind].shape[1]
-            votes = votes + np.eye(classes, dtype=np.uint16)[arrays[kind].argmax(1)]
+        file = logits_file(folder, record['cell'], record['seed'])
+        way_out = f'delete {file.with_suffix(".json")}, and it will be made again'
+        arrays = read_arrays(file, way_out)
+        labels = arrays['labels']
+        classes = arrays[kind].shape[1]
+        votes = votes + np.eye(classes, dtype=np.uint16)[arrays[kind].argmax(1)]
     return votes, labels
 
 
@@ -206,8 +219,7 @@ def read_votes(folder, cells):
         content = io.BytesIO()
         np.savez_compressed(content, **arrays)
         write_atomically(file, content.getvalue())
-    with np.load(file) as arrays:
-        return dict(arrays)
+    return read_arrays(file, 'without it, --show needs the records in cells')
 
 
 def describe(records, votes, labels, kind):

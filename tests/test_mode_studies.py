@@ -331,6 +331,22 @@ def test_the_layer_with_too_few_images_is_named():
         svcca.observe(net, torch.randn(40, 3, 32, 32))
 
 
+@pytest.mark.parametrize(
+    'study, cell',
+    [(svcca, {'part': 'pair'}), (warmup, {'training': 'lb'}), (distill, {'part': 'students'}),
+     (restarts, {'part': 'training', 'schedule': 'sgdr'})],
+)  # fmt: skip
+def test_too_few_images_are_refused_before_training(study, cell, tmp_path, monkeypatch):
+    def step(*args, **options):
+        raise AssertionError('it trains')
+
+    monkeypatch.setattr(torch.optim.SGD, 'step', step)
+    place = make_place(tmp_path, study, 'vgg16-bn')
+    place.settings['compared'] = 3
+    with pytest.raises(UserError, match='3 test images, too few for SVCCA'):
+        study.STUDY.train(cell, 0, place)
+
+
 def test_convolutions_are_compared_before_their_relu():
     net = networks.make_vgg(16, share=0.0625, seed=0, **CPU)  # its ReLUs overwrite their inputs
     assert net[0][1].inplace

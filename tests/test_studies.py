@@ -3,7 +3,9 @@
 import importlib
 import json
 import os
+import random
 import shutil
+import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -11,12 +13,15 @@ from contextlib import redirect_stderr, redirect_stdout
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SERVER, run_command
+from conftest import ONE_THREAD, ROOT, SERVER, run_command
+from filelock import FileLock
 
 import airbench94
 import airbench95
 import airbench96
 from lab.data import load_set
+from lab.errors import UserError
+from lab.runs import read_json, write_json, write_tensors
 from studies import ablation, common, datasets, flip, frontier, variance
 
 FEW = {'device': 'cpu', 'dtype': torch.float32}
@@ -397,6 +402,12 @@ def test_a_paired_p_is_that_of_students_test():
     assert np.isnan(common.paired_p([1.0], [0.0]))
 
 
+def figures(record):
+    """A record without what depends on the clock, the command and the checkout."""
+    others = ('seconds', 'argv', 'commit')
+    return {name: value for name, value in record.items() if name not in others}
+
+
 def show_again(study, out, capsys):
     """The table from the study's records."""
     assert common.run_study(study, ['--show', '--out', str(out)]) == 0
@@ -410,7 +421,7 @@ def test_a_study_trains_and_shows(name, tmp_path, capsys):
     output = capsys.readouterr().out
     records = common.read_cells(tmp_path)
     made = {common.cell_file(tmp_path, record['cell'], record['seed']) for record in records}
-    settings = common.read_record(tmp_path / 'config.json')['settings']
+    settings = read_json(tmp_path / 'config.json')['settings']
     assert made == {common.cell_file(tmp_path, *job) for job in study.plan(settings, records)}
     assert (tmp_path / PICTURES[name]).stat().st_size > 10_000
 
@@ -426,7 +437,7 @@ def test_two_processes_finish_a_study_that_was_killed(name, tmp_path, capsys):
     out = tmp_path / name
     kill_after_the_first(start(name, out, 0), out)
     before = {file: file.read_bytes() for file in out.glob('cells/*.json')}
-    settings = common.read_record(out / 'config.json')['settings']
+    settings = read_json(out / 'config.json')['settings']
     assert 0 < len(before) < len(study.plan(settings, []))
 
     both = [start(name, out, rank) for rank in (0, 1)]
@@ -436,6 +447,10 @@ def test_two_processes_finish_a_study_that_was_killed(name, tmp_path, capsys):
     assert [process.exitcode for process in both] == [0, 0], outputs
     assert {file: file.read_bytes() for file in before} == before
     records = common.read_cells(out)
+    assert common.run_study(study, smoke(tmp_path / 'undisturbed')) == 0
+    capsys.readouterr()
+    undisturbed = common.read_cells(tmp_path / 'undisturbed')
+    assert [figures(record) for record in records] == [figures(record) for record in undisturbed]
     made = {common.cell_file(out, record['cell'], record['seed']) for record in records}
     assert made == {common.cell_file(out, *job) for job in study.plan(settings, records)}
     assert not list(out.glob('cells/*.tmp'))
@@ -449,7 +464,7 @@ def test_two_processes_finish_a_study_that_was_killed(name, tmp_path, capsys):
 def test_kept_studies_still_give_their_tables(name, tmp_path, capsys):
     kept, out = ROOT / 'logs' / 'studies' / name, tmp_path / name
     shutil.copytree(kept, out)
-    config = common.read_record(kept / 'study.json')
+    config = read_json(kept / 'study.json')
     table = show_again(study_of(config['study']), out, capsys)
     lines = [line.rstrip() for line in table.splitlines()]
     assert lines == (kept / 'table.txt').read_text().splitlines()
@@ -464,6 +479,54 @@ def test_a_study_is_a_command(tmp_path):
     assert result.stderr.count('\n') == 1
 
 
+def test_a_process_that_waits_says_for_whom(tmp_path, capsys, monkeypatch):
+    def plan(settings, records):
+        return [({'part': 'only'}, 0)]
+
+    def train(cell, seed, place):
+        return {'val_acc': 0.5}
+
+    def show(config, records, folder):
+        print(records[0]['val_acc'])
+
+    study = common.Study('tiny', '', {'net': {'smoke': {'images': None}}}, plan, train, show)
+    assert common.run_study(study, smoke(tmp_path)) == 0
+    [record] = (tmp_path / 'cells').iterdir()
+    record.unlink()
+    lock = FileLock(tmp_path / 'locks' / f'{record.stem}.lock')
+    lock.acquire()
+
+    def sleep(seconds):
+        lock.release()
+
+    monkeypatch.setattr(common.time, 'sleep', sleep)
+    capsys.readouterr()
+    assert common.run_study(study, smoke(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert 'waiting for other processes' in out and out.endswith('0.5\n')
+
+
+def test_a_study_that_nobody_watches_is_finished(tmp_path):
+    """Its output is read in part, stderr is closed, and the environment is odd."""
+    odd = {'MPLBACKEND': 'module://nosuch', 'PYTHONIOENCODING': 'ascii', 'PYTHONPATH': str(ROOT)}
+    out = tmp_path / 'Größe'
+    command = [sys.executable, '-OO', '-m', 'studies.flip', *smoke(out)]
+    options = {'cwd': tmp_path, 'env': ONE_THREAD | odd, 'stdout': subprocess.PIPE}
+    # preexec_fn, because the module subprocess cannot start a process without a stderr.
+    process = subprocess.Popen(command, preexec_fn=close_stderr, **options)
+    first = process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(280) == 0
+    assert first.startswith(b'flip') and rb'Gr\xf6\xdfe' in first
+    settings = read_json(out / 'config.json')['settings']
+    assert len(common.read_cells(out)) == len(flip.plan(settings, []))
+    assert (out / 'flip.png').stat().st_size > 10_000
+
+
+def close_stderr():
+    os.close(2)
+
+
 def test_a_records_seed_makes_the_same_network_again(make_place):
     place = make_place(flip, 'airbench94')
     cell, seed = flip.plan(flip.SCALES['smoke'], [])[1]
@@ -471,6 +534,60 @@ def test_a_records_seed_makes_the_same_network_again(make_place):
 
 
 #### Mistakes ####
+
+
+def mutations(content, count):
+    """Copies of a file's content with a bit flipped, or cut off at a random place."""
+    rng = random.Random(0)
+    for _ in range(count):
+        place = rng.randrange(len(content))
+        changed = bytearray(content)
+        changed[place] ^= 1 << rng.randrange(8)
+        yield rng.choice([bytes(changed), content[:place]])
+
+
+def holds(found, content):
+    """Whether a dict of values or arrays has all that another one has."""
+    return all(np.array_equal(found.get(name), value) for name, value in content.items())
+
+
+def read_arrays(file):
+    return variance.read_arrays(file, 'delete it')
+
+
+def read_networks(file):
+    return common.read_networks(file, 'delete it')
+
+
+def write_arrays(file, content):
+    np.savez_compressed(file, **content)
+
+
+@pytest.mark.parametrize(
+    'name, read, write, content',
+    [
+        ('cells/flip=none-seed=0.json', common.read_cell, write_json,
+         {'cell': {'flip': 'none'}, 'seed': 0, 'val_acc': 0.5}),
+        ('votes.npz', read_arrays, write_arrays,
+         {'labels': np.arange(10), 'plain': np.arange(100)}),
+        ('networks/0.pt', read_networks, write_tensors,
+         {'a': torch.arange(10), 'b': torch.rand(20)}),
+    ],
+)  # fmt: skip
+def test_a_changed_file_is_one_line_or_harmless(name, read, write, content, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    write(file, content)
+    assert holds(read(file), content)
+    caught = 0
+    for changed in mutations(file.read_bytes(), 300):
+        file.write_bytes(changed)
+        try:
+            assert holds(read(file), content)
+        except UserError as error:
+            assert '\n' not in str(error) and str(file) in str(error)
+            caught += 1
+    assert caught > 200
 
 
 def test_a_network_that_diverges_ends_the_study(tmp_path, capsys, monkeypatch):
@@ -501,7 +618,11 @@ def test_mistakes_are_one_line(tmp_path, folder, capsys):
     assert '--scale' in says(flip, '--scale', 'huge')
     (tmp_path / 'log' / 'cells').mkdir(parents=True)
     (tmp_path / 'log' / 'cells' / 'flip=none-seed=0.json').write_text('{')
-    assert 'is damaged' in says(flip, '--show', '--out', out)
+    assert 'it will be made again' in says(flip, '--show', '--out', out)
+    (tmp_path / 'log' / 'cells' / 'flip=none-seed=0.json').write_text('{"cell": {}, "seed": 0}')
+    assert 'is not the record that its name says' in says(flip, '--show', '--out', out)
+    other = ROOT / 'logs' / 'studies' / 'svcca'
+    assert 'records of the study svcca' in says(flip, '--show', '--out', str(other))
     (tmp_path / 'log' / 'config.json').write_text(json.dumps({'study': 'variance'}))
     assert 'choose another folder' in says(flip, '--data', 'digits', '--out', out)
     assert 'there is no such device' in says(flip, '--data', 'digits', '--device', 'cuda:99')
