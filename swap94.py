@@ -775,6 +775,14 @@ def evaluate(net, loader, tta_level=0, forward=forward):
     return (predictions == loader.labels).sum().item() / len(loader.labels)
 
 
+def find_damage(net):
+    """Why a network must not count: the first of its tensors that is not finite. Or None."""
+    for name, value in net.state_dict().items():
+        if not value.isfinite().all():
+            return f'{name} is not finite'
+    return None
+
+
 #### Growth and selection ##########################################################################
 
 
@@ -1582,14 +1590,6 @@ def summarize(records):
     failed = len(records) - len(finished)
     mean = f'mean accuracy with TTA {np.mean(accuracies):.4f}{std}'
     return f'n={len(finished)}, {failed} failed: {mean}, {seconds:.2f} seconds a run'
-
-
-def find_damage(net):
-    """Why a network must not count: the first of its tensors that is not finite. Or None."""
-    for name, value in net.state_dict().items():
-        if not value.isfinite().all():
-            return f'{name} is not finite'
-    return None
 
 
 def run_program(main):

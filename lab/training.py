@@ -162,14 +162,6 @@ def warm_up(recipe, loaders, hyp, faster):
     return time.perf_counter() - start
 
 
-def find_damage(net):
-    """Why a network must not count: the first of its tensors that is not finite. Or None."""
-    for name, value in net.state_dict().items():
-        if not value.isfinite().all():
-            return f'{name} is not finite'
-    return None
-
-
 #### One command ###################################################################################
 
 
@@ -201,11 +193,7 @@ class Command:
 
         seed = self.config['seed'] + run
         options |= self.faster
-        net, record = self.recipe.train(*self.loaders, self.hyp, seed, on_epoch, **options)
-        damage = find_damage(net)
-        if damage:
-            record.setdefault('failed', damage)
-        return net, record
+        return self.recipe.train(*self.loaders, self.hyp, seed, on_epoch, **options)
 
     def log_run(self, run, net, record):
         """Write the run and then print its result, even if it could not be written."""

@@ -794,6 +794,14 @@ def evaluate(net, loader, tta_level=0, forward=forward):
     return (predictions == loader.labels).sum().item() / len(loader.labels)
 
 
+def find_damage(net):
+    """Why a network must not count: the first of its tensors that is not finite. Or None."""
+    for name, value in net.state_dict().items():
+        if not value.isfinite().all():
+            return f'{name} is not finite'
+    return None
+
+
 #### Uncertain images ##############################################################################
 
 
@@ -914,7 +922,7 @@ def train(
         those of the epoch's last batch. The clock runs from the first access to the training images
         to the predictions for the test set (section 2), but stops while we validate after each
         epoch. If a loss is not finite, training stops after that epoch, and the record has
-        'failed', the reason.
+        'failed', the reason; also if the network is not finite at the end.
     """
     torch.manual_seed(seed)  # nothing here draws from it, but your changes may
     opt = hyp['opt']
@@ -1000,6 +1008,9 @@ def train(
     record['tta_val_acc'] = correct.sum().item() / len(correct)
     record['seconds'] += clock(device) - start
     record['mirror_val_acc'] = evaluate(net, test_loader, min(tta_level, 1), forward)
+    damage = find_damage(net)
+    if damage:
+        record['failed'] = damage
     return net, record
 
 
@@ -1205,14 +1216,6 @@ def summarize(records):
     return f'n={len(finished)}, {failed} failed: {mean}, {seconds:.2f} seconds a run'
 
 
-def find_damage(net):
-    """Why a network must not count: the first of its tensors that is not finite. Or None."""
-    for name, value in net.state_dict().items():
-        if not value.isfinite().all():
-            return f'{name} is not finite'
-    return None
-
-
 def run_program(main):
     """Call main(), and end in one line after Ctrl-C or an error of the system."""
     if sys.stdout is not None:
@@ -1287,10 +1290,7 @@ def main():
                 minutes = row['seconds'] / 60 * (hyp['opt']['train_epochs'] - 1)
                 say(f'the run takes {minutes:.0f} minutes more, or twice that if its images grow')
 
-        net, record = train(train_loader, test_loader, hyp, args.seed + run, on_epoch, **faster)
-        damage = find_damage(net)
-        if damage:
-            record.setdefault('failed', damage)
+        _, record = train(train_loader, test_loader, hyp, args.seed + run, on_epoch, **faster)
         log['runs'].append(record)
         is_logged = write_log(file, log)
         print_row({'run': run, 'epoch': 'eval'} | record)
