@@ -78,10 +78,6 @@ def palette(kind, **options):
     return save(image, kind, **options)
 
 
-def converted(mode, kind):
-    return save(Image.new('RGB', (WIDTH, HEIGHT), ORANGE).convert(mode), kind)
-
-
 def animation(kind):
     frames = [Image.new('RGB', (WIDTH, HEIGHT), colour) for colour in (ORANGE, 'blue', 'green')]
     return save(frames[0], kind, save_all=True, append_images=frames[1:])
@@ -122,7 +118,8 @@ CASES = {
     'grey of 16 bits, PNG': (grey_16(np.uint16, 'PNG'), GREY),
     'grey of 16 bits, TIFF': (grey_16(np.uint16, 'TIFF'), GREY),
     'grey of 16 bits, big-endian TIFF': (grey_16('>u2', 'TIFF'), GREY),
-    'grey of 16 bits, PGM': (grey_16(np.uint16, 'PPM'), GREY),
+    'grey of 16 bits, PGM': (b'P5 40 30 65535\n' + b'\x64\x64' * 1200, GREY),
+    'grey of 10 bits, PGM': (b'P5 40 30 1023\n' + b'\x01\x91' * 1200, GREY),
     'grey of 16 bits, JPEG 2000': (grey_16(np.uint16, 'JPEG2000'), GREY),
     'grey of 16 bits, rounded': (png(16, [G16 + 128], 0), GREY),
     'grey of 16 bits, rounded up': (png(16, [G16 + 129], 0), (101, 101, 101)),
@@ -158,7 +155,7 @@ CASES = {
     'animated PNG': (animation('PNG'), ORANGE),
     'CMYK, JPEG': (plain('CMYK', (0, 128, 192, 32), 'JPEG', quality=95), (223, 111, 55)),
     'CMYK, TIFF': (plain('CMYK', (0, 128, 192, 32), 'TIFF'), (223, 111, 55)),
-    'YCbCr, TIFF': (converted('YCbCr', 'TIFF'), ORANGE),
+    'YCbCr, TIFF': (plain('RGB', ORANGE, 'TIFF', compression='jpeg'), ORANGE),
     'LAB, TIFF': (plain('LAB', (138, 209, 198), 'TIFF'), (255, 0, 0)),
     'JPEG': (plain('RGB', ORANGE, 'JPEG', quality=95), ORANGE),
     'large JPEG': (save(Image.new('RGB', (3000, 2000), ORANGE), 'JPEG'), ORANGE),
@@ -218,6 +215,7 @@ def test_other_damage_in_exif_does_not_matter(tmp_path):
     exif = Image.Exif()
     exif[274] = 3
     exif[271] = 'maker'
+    exif[305] = 80 * 'x'
     image = Image.fromarray(np.ascontiguousarray(upright[::-1, ::-1]))
     content = save(image, 'WEBP', exif=exif, lossless=True)
     text, rationals = b'\x01\x0f\x00\x02', b'\x01\x0f\x00\x05'
