@@ -387,10 +387,10 @@ def make_set(source, dest):
     interrupted, an older set stays as it was.
     """
     dest = Path(dest)
-    check_dest(dest, source)
     if source == 'cifar10':
         make_cifar10(dest)
         return
+    check_dest(dest, source)
     if source in DOWNLOADS:
         contents = download(source, dest)
     elif Path(source).is_dir():
