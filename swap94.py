@@ -37,6 +37,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -1246,6 +1247,13 @@ def measure(net, loaders, losses, hyp, phase, ranks, tta_level=0, forward=forwar
     return evaluate_together(net, test_loader, tta_level, ranks, forward)
 
 
+def check_sums(path):
+    """Raise ValueError if a file of torch.save has changed, which torch.load would not notice."""
+    damaged = zipfile.ZipFile(path).testzip()
+    if damaged:
+        raise ValueError(f'{damaged} has another checksum')
+
+
 def load_result(path, ranks, device):
     """What `fit` returned before the run was killed, or None unless all ranks can read it."""
     if path is None:
@@ -1253,6 +1261,7 @@ def load_result(path, ranks, device):
     result = None
     if path.exists():
         try:
+            check_sums(path)
             result = torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # there are many ways to be damaged
             say(f'{path} is damaged, so we train again: {error}')

@@ -128,7 +128,8 @@ DATA = """Make a set of images for `python -m lab run RECIPE --data DEST`.
     python -m lab data svhn my_svhn         # or cifar100
     python -m lab data PICTURES DEST        # from PICTURES/train/CLASS/* and PICTURES/test/CLASS/*
 
-Pictures become 32 x 32 pixels.
+Pictures arrive as a viewer shows them: upright, on white where they are transparent, and squeezed
+to 32 x 32 pixels. Hidden files are skipped, files of other kinds are counted.
 """
 
 

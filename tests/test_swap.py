@@ -629,12 +629,23 @@ def test_an_interrupted_run_continues_where_it_was(swap, tmp_path):
     assert without_clock(record) == without_clock(plain_record)
 
 
+def cut(content):
+    return content[: len(content) // 2]
+
+
+def flip_a_bit(content):
+    """In the middle, where the weights are."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
 @pytest.mark.parametrize('name', ['phase1', 'worker2'])
-@pytest.mark.parametrize('content', [b'', b'PK'])
-def test_a_damaged_checkpoint_is_named_and_made_again(name, content, swap, tmp_path, capsys):
+@pytest.mark.parametrize('damage', [cut, flip_a_bit])
+def test_a_damaged_checkpoint_is_named_and_made_again(name, damage, swap, tmp_path, capsys):
     plain, _, _ = swap()
     (path,) = tmp_path.iterdir()
-    (path / f'{name}.pt').write_bytes(content)
+    file = path / f'{name}.pt'
+    file.write_bytes(damage(file.read_bytes()))
     net, _ = swap94.train(*load(), hyp_of(), checkpoints=path)
     assert differing(plain.state_dict(), net.state_dict()) == []
     assert capsys.readouterr().out.startswith(f'{path / name}.pt is damaged')
