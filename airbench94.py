@@ -1079,7 +1079,7 @@ def main():
             print_row({'run': run} | row)
             if is_slow and row['epoch'] == 1:
                 minutes = row['seconds'] / 60 * (hyp['opt']['train_epochs'] - 1)
-                say(f'the run takes {minutes:.0f} minutes more, or twice that if its images grow')
+                say(f'the run takes at least {minutes:.0f} minutes more')
 
         _, record = train(train_loader, test_loader, hyp, args.seed + run, on_epoch, **faster)
         log['runs'].append(record)

@@ -399,7 +399,7 @@ def benchmark_weight_average(device):
 
 def main(argv=None):
     benchmarks = {'flip_crop': benchmark_flip_crop, 'weight_average': benchmark_weight_average}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser('python -m kernels.bench')
     parser.add_argument(
         'names', nargs='*', metavar='name', help=f'{" or ".join(benchmarks)}; default: both'
     )
