@@ -744,6 +744,7 @@ def train(
         net = fresh
     else:
         net.load_state_dict(fresh.state_dict())
+        net[0].bias.requires_grad = True  # it is still frozen if a run was interrupted
     optimizer, scheduler = make_optimizer(net, hyp, total_steps, fused)
     record = {'seed': seed, 'val_acc': None, 'tta_val_acc': None, 'seconds': 0.0, 'epochs': []}
 

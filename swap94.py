@@ -980,6 +980,7 @@ def start(train_loader, hyp, seed, ranks, net, make_net, init_whitening_conv):
         net = fresh
     else:
         net.load_state_dict(fresh.state_dict())
+        net[0].bias.requires_grad = True  # it is still frozen if a run was interrupted
     images = train_loader.normalize(train_loader.images[: hyp['net']['whiten_images']])
     init_whitening_conv(net[0], images, hyp['net']['whiten_eps'])
     if ranks.size > 1:

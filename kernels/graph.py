@@ -12,9 +12,9 @@ takes one launch.
 
 A graph always reads and writes the same addresses. So the network and the optimizer must be the
 same in all runs; a new run loads weights into the one, and zeroes the state of the other. What
-changes from step to step, batch and learning rates, is copied to where the graph reads it. And a
-graph cannot change its mind: for each variant of the step, for example with and without the
-whitening bias, there is a graph of its own. All of them share one pool of memory.
+changes from step to step, batch and learning rates, is copied to where the graph reads it. Each
+variant of the step, for example with and without the whitening bias, has a graph of its own. All of
+them share one pool of memory.
 """
 
 import warnings
@@ -30,7 +30,7 @@ class CudaGraphs:
 
     def __init__(self):
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream()  # the default stream cannot be captured
+        self.stream = None  # the first capture makes it, on the network's device
 
     def capture(self, function):
         """Warm up a function without arguments, and record it.
@@ -38,6 +38,8 @@ class CudaGraphs:
         Returns `replay`, a function that returns what `function` does. The tensors in it are always
         the same; the next replay of any graph overwrites them.
         """
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()  # the default stream cannot be captured
         outside = torch.cuda.current_stream()
         self.stream.wait_stream(outside)
         with torch.cuda.stream(self.stream):
@@ -70,22 +72,38 @@ def state_of(args):
 
 
 def variant_of(net, args):
-    """What a graph cannot change: shapes, strides, constants, and which parameters train."""
+    """What a graph cannot change: shapes, strides, constants, and how the network is at the moment.
+
+    That is whether it trains, which of its parameters do, and where they are in memory.
+    """
     forms = []
     for arg in args:
         if isinstance(arg, torch.Tensor):
             arg = (arg.shape, arg.stride(), arg.dtype)
         forms.append(arg)
-    return net, *forms, *[p.requires_grad for p in net.parameters()]
+    parameters = [(p.requires_grad, p.data_ptr()) for p in net.parameters()]
+    return net, net.training, *forms, *parameters
 
 
 def constants_of(optimizer):
-    """All settings of an optimizer's groups that a graph keeps: all but the learning rates."""
-    changing = ('params', 'lr', 'initial_lr')
+    """What a graph keeps of an optimizer's groups: all but the learning rates."""
     constants = []
     for group in optimizer.param_groups:
+        constants.append(tuple(group['params']))
+        changing = ('params', 'lr', 'initial_lr')
         constants += [(name, value) for name, value in group.items() if name not in changing]
     return tuple(constants)
+
+
+def make_momenta(optimizer):
+    """Make the momenta of SGD, which it would make in the first step.
+
+    If a bias is frozen then and trains later, fused SGD would find only some momenta, and fail.
+    """
+    for group in optimizer.param_groups:
+        if group.get('momentum'):
+            for p in group['params']:
+                optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
 
 
 def list_rates(scheduler, total_steps):
@@ -122,9 +140,9 @@ class GraphedStep:
     """A train_step that is recorded once for each variant, and then replayed.
 
     Args:
-        train_step: a function of a network and any other arguments. Tensors may change from call
-            to call. All else, such as the size of images, must be hashable, and makes a variant. It
-            must not wait for the GPU, and returns a sequence of tensors.
+        train_step: a function of a network and other arguments. Those that are tensors may change
+            from call to call. All others, such as the size of images, must be hashable, and make a
+            variant. It must not wait for the GPU, and returns a sequence of tensors.
         make_optimizer: the recipe's.
         capture: see CudaGraphs.capture, the default.
     """
@@ -152,6 +170,7 @@ class GraphedStep:
             rates = table[0].clone()
             for group, rate in zip(new.param_groups, rates):
                 group['lr'] = rate
+            make_momenta(new)
             self.optimizers[key] = new, rates
         optimizer, rates = self.optimizers[key]
         for tensor in state_of([optimizer]):
@@ -171,16 +190,18 @@ class GraphedStep:
 
     @torch.no_grad()
     def make_variant(self, net, args):
-        """(arguments that the graph reads, replay). The warm-up steps leave no trace."""
+        """(arguments that the graph reads, replay). The warm-up does not change the training."""
         kept = []
         for arg in args:
             kept.append(arg.clone() if isinstance(arg, torch.Tensor) else arg)
         before = {id(tensor): tensor.clone() for tensor in state_of([net, *args])}
-        with torch.enable_grad():
-            replay = self.capture(partial(self.train_step, net, *kept))
-        for tensor in state_of([net, *args]):
-            if id(tensor) in before:
-                tensor.copy_(before[id(tensor)])
-            else:
-                tensor.zero_()  # a momentum that the first step has made
+        try:
+            with torch.enable_grad(), torch.cuda.device_of(next(net.parameters())):
+                replay = self.capture(partial(self.train_step, net, *kept))
+        finally:
+            for tensor in state_of([net, *args]):
+                if id(tensor) in before:
+                    tensor.copy_(before[id(tensor)])
+                else:
+                    tensor.zero_()  # a momentum that the first step has made
         return kept, replay

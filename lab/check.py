@@ -361,7 +361,8 @@ def compare_graphs(file, data, capture=None, wrap_step=None):
     figures = compare(train(recipe, loaders, hyp, seed=0, **graphed), eager)
     figures['variants'] = len(step.variants)
     line = judge(figures, GRAPH_LIMITS[device.type])
-    return f'graphed against eager steps, float64: {line}', figures
+    what = 'CUDA graphs' if capture is None else 'graphs that call the step again, without a GPU,'
+    return f'{what} against eager steps, float64: {line}', figures
 
 
 def compare_compiled(file, data):

@@ -73,7 +73,7 @@ def print_summary(summary, records, data):
     print(line.format(**summary))
     if is_no_better(summary['mean'], summary['chance'], data['test']):
         guess = 'always answering the commonest class'
-        print(f'that is not significantly better than {guess}, {summary["chance"]:.4f}')
+        print(f'this mean is not significantly better than {guess}, {summary["chance"]:.4f}')
     finished = [record for record in records if not record.get('failed')]
     costs = [f'{np.mean([record["seconds"] for record in finished]):.2f} seconds']
     pflop = [record.get('pflop') for record in finished]

@@ -145,9 +145,72 @@ def test_results_stay_as_they_are():
         return results
 
     step = GraphedStep(count, capture=Capture())
-    net = torch.nn.Identity()
+    net = torch.nn.Linear(1, 1)
     first, second = (step(net, torch.ones(1)) for _ in range(2))
     assert second[0] - first[0] == 1
+
+
+def test_what_a_graph_cannot_change_is_another_variant():
+    capture = Capture()
+    net = torch.nn.BatchNorm2d(3)
+
+    def normalize(net, inputs):
+        return [net(inputs).detach()]
+
+    step = GraphedStep(normalize, capture=capture)
+    inputs = torch.randn(4, 3, 8, 8)
+    step(net, inputs)
+    net.eval()
+    [normalized] = step(net, inputs)
+    assert torch.equal(normalized, net(inputs))
+    net.weight.data = 2 * net.weight.data  # in another place
+    [doubled] = step(net, inputs)
+    assert torch.equal(doubled, net(inputs)) and capture.count == 3
+
+
+def test_a_bias_may_be_frozen_in_one_run_and_train_in_the_next():
+    trainings = Trainings(airbench94, Capture())
+    for epochs in (0, 1, 2):
+        trainings.hyp['opt']['whiten_bias_epochs'] = epochs
+        trainings.assert_equal(seed=0)
+
+
+def test_parameters_that_train_again_get_another_optimizer():
+    net = airbench94.make_net(override(airbench94.hyp, NARROW), **FLOAT64)
+    step = GraphedStep(airbench94.train_step, airbench94.make_optimizer, Capture())
+    head = net[7].weight
+    counts = []
+    for trains in (True, False, True):
+        head.requires_grad = trains
+        optimizer, _ = step.make_optimizer(net, airbench94.hyp, 10)
+        counts.append(sum(len(group['params']) for group in optimizer.param_groups))
+    assert counts[0] == counts[2] == counts[1] + 1
+    assert len(step.optimizers) == 2
+
+
+@each_recipe
+def test_a_network_whose_run_was_interrupted_trains_its_whitening_bias(recipe):
+    trainings = Trainings(recipe, Capture())
+    net = trainings.graphed['net']
+    net[0].bias.requires_grad = False
+    expected = trainings.run(0, {})
+    torch.testing.assert_close(trainings.run(0, {'net': net}), expected, rtol=0, atol=0)
+
+
+def test_a_capture_that_fails_changes_no_weights():
+    net = airbench94.make_net(override(airbench94.hyp, NARROW), **FLOAT64)
+    before = copy_of(net)
+
+    def fail(function):
+        function()
+        raise KeyboardInterrupt
+
+    step = GraphedStep(airbench94.train_step, airbench94.make_optimizer, fail)
+    optimizer, _ = step.make_optimizer(net, airbench94.hyp, 10)
+    inputs = torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    with pytest.raises(KeyboardInterrupt):
+        step(net, optimizer, inputs, torch.zeros(8, dtype=torch.int64), 0.2)
+    torch.testing.assert_close(copy_of(net), before, rtol=0, atol=0)
 
 
 def test_graphed_swap_is_the_eager_one():
@@ -164,6 +227,7 @@ def test_graphed_swap_is_the_eager_one():
         'net': swap94.make_net(hyp, 10, **FLOAT64),
         'compute_gradient': GraphedStep(swap94.compute_gradient, capture=capture),
     }
+    graphed['net'][0].bias.requires_grad = False  # as if a run had been interrupted
     for seed in (0, 1):
         expected, _ = swap94.train(*loaders, hyp, seed)
         net, _ = swap94.train(*loaders, hyp, seed, **graphed)

@@ -259,7 +259,7 @@ def test_graphed_steps_are_the_eager_ones(file):
     limit = 1e-6 if torch.cuda.is_available() else 1e-9
     assert max(figures['losses'], figures['weights']) <= limit
     assert figures['variants'] == 2
-    assert line.startswith('graphed against eager steps, float64')
+    assert 'against eager steps, float64' in line
 
 
 def with_stale_inputs(train_step):

