@@ -1682,8 +1682,8 @@ def main():
         train_loader, test_loader = make_loaders(*sets, hyp, **options)
         faster = fast_path(train_loader, hyp) if args.compile else {}
         check_logs()
-        Path('logs', 'unfinished').mkdir(exist_ok=True)
         join_ranks(device)
+        Path('logs', 'unfinished').mkdir(exist_ok=True)
     except (ImportError, OSError, ValueError) as error:
         complain(error)
         sys.exit(2)

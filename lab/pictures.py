@@ -53,6 +53,8 @@ def read_picture(path):
 def explain(error):
     """Why a picture cannot be read, in one line."""
     line = first_lines(error)
+    if isinstance(error, IsADirectoryError):
+        return 'it is a folder; give the pictures in it'
     if isinstance(error, UnidentifiedImageError):
         return 'it is damaged, or of a kind that Pillow does not know; save it as JPEG or PNG'
     if isinstance(error, Image.DecompressionBombError):

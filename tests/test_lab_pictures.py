@@ -300,6 +300,11 @@ REFUSED = {
 }
 
 
+def test_a_folder_is_no_picture(tmp_path):
+    with pytest.raises(UserError, match='it is a folder; give the pictures in it'):
+        read_picture(tmp_path)
+
+
 @pytest.mark.parametrize('case', REFUSED)
 def test_what_is_no_picture_gets_one_line(case, tmp_path):
     content, reason = REFUSED[case]
