@@ -87,10 +87,10 @@ def variant_of(net, args):
 
 def constants_of(optimizer):
     """What a graph keeps of an optimizer's groups: all but the learning rates."""
+    changing = ('params', 'lr', 'initial_lr')
     constants = []
     for group in optimizer.param_groups:
         constants.append(tuple(group['params']))
-        changing = ('params', 'lr', 'initial_lr')
         constants += [(name, value) for name, value in group.items() if name not in changing]
     return tuple(constants)
 
