@@ -96,7 +96,7 @@ hyp = {
     'phase2': {                     # from there, workers train a model each
         'workers': 8,               # models that are averaged
         'ranks_per_worker': 1,      # ranks that train a worker together, or all if there are fewer
-        'train_epochs': 3.0,        # of each worker
+        'train_epochs': 3.4,        # of each worker
         'tau': 1.0,
         'batch_size': 500,          # of a worker
         'shards': 1,
@@ -1139,27 +1139,32 @@ def mean(averages, networks):
         average.copy_(torch.stack(weights).mean(0))
 
 
-def average(workers, net, ranks, mean=mean):
+def average(workers, net, losses, ranks, mean=mean):
     """Load the mean of all ranks' workers into `net`: a mean on each rank, then one all-reduce.
 
     BatchNorm's statistics stay as they are. The arithmetic is in fp32.
 
     Args:
-        workers: this rank's, as state dicts.
+        workers: this rank's, as `fit` returned them.
+        losses: float (N,), of phase 1.
 
     Returns:
-        How many workers there were on all ranks. If there were none, `net` stays as it is.
+        (how many workers there were on all ranks, the mean of the losses with which they ended). If
+        there were none, `net` and the losses stay as they are.
     """
     names = [name for name, _ in net.named_parameters()]
-    dtype = torch.promote_types(net[0].weight.dtype, torch.float32)
-    means = [torch.zeros_like(p, dtype=dtype, requires_grad=False) for p in net.parameters()]
+    params = [p.data for p in net.parameters()]
+    dtype = torch.promote_types(params[0].dtype, torch.float32)
+    means = [torch.zeros_like(tensor, dtype=dtype) for tensor in (*params, losses)]
     if workers:
-        mean(means, [[weights[name].to(dtype) for name in names] for weights in workers])
+        of_workers = [[w['weights'][name] for name in names] + [w['losses']] for w in workers]
+        mean(means, [[tensor.to(dtype) for tensor in tensors] for tensors in of_workers])
     total = ranks.sum(F.pad(len(workers) * flatten(means), (0, 1), value=len(workers)))
     count = round(total[-1].item())
     if count > 0:
-        unflatten(total[:-1] / count, [p.data for p in net.parameters()])
-    return count
+        losses = torch.empty_like(losses)
+        unflatten(total[:-1] / count, [*params, losses])
+    return count, losses
 
 
 def served_last(loader, losses, hyp, phase, epochs=None):
@@ -1381,13 +1386,14 @@ def train(
     if record['workers']:
         last_phase = 'phase2'
         fits = [fitted for fitted in record['workers'] if 'failed' not in fitted]
-        finished = [w['weights'] for w in workers.values() if 'failed' not in w['record']]
-        if average(finished if team.rank == 0 else [], net, everyone, mean) == 0:
+        finished = [w for w in workers.values() if 'failed' not in w['record']]
+        mine = finished if team.rank == 0 else []
+        count, losses = average(mine, net, losses, everyone, mean)
+        if count == 0:
             record['failed'] = f'no worker is left: {record["workers"][0]["failed"]}'
     # A network that has never seen mirrored images is worse on them (SVHN, digits).
     tta_level = hyp['net']['tta_level'] if hyp['aug']['flip'] else 0
     if 'failed' not in record:
-        # We choose the images by phase 1's losses, since the workers' own differ.
         epochs = max(len(fitted['epochs']) for fitted in fits)
         measured = (net, loaders, losses, hyp, last_phase, everyone, tta_level, forward)
         record['tta_val_acc'] = measure(*measured, epochs=epochs)

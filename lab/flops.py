@@ -172,7 +172,7 @@ def swap_costs(recipe, hyp, images, tests, num_classes, record):
     all_reduces = 2  # the statistics, and the number of correct predictions
     if record['workers']:
         all_reduces += 1
-        numbers += sum(p.numel() for p in net.parameters()) + 1
+        numbers += sum(p.numel() for p in net.parameters()) + images + 1
     costs['phase3'] = {
         'pflop': 1e-15 * of_rank * of_view,
         'pflop_of_all': 1e-15 * of_all * of_view,

@@ -274,12 +274,15 @@ def train_worker(place, hyp, seed, worker, net, before, compute_loss=swap94.comp
 
 
 def train_swap(place, hyp, seed):
-    """(network with the mean of the workers' weights, phase 1's result, the workers' results)."""
+    """(network with the mean of the workers' weights, their mean losses, phase 1's result, theirs).
+
+    The results are what swap94.fit returns.
+    """
     net, phase1 = train_phase1(place, hyp, seed)
     workers = range(hyp['phase2']['workers'])
     results = [train_worker(place, hyp, seed, worker, net, phase1) for worker in workers]
-    swap94.average([result['weights'] for result in results], net, ALONE)
-    return net, phase1, results
+    _, losses = swap94.average(results, net, phase1['losses'], ALONE)
+    return net, losses, phase1, results
 
 
 def measure(place, hyp, net, losses):
