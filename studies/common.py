@@ -347,6 +347,14 @@ def mean_and_interval(values):
     return values.mean(), half
 
 
+def mean_text(values, form):
+    """The mean of some values, with its 95% interval if there are several."""
+    mean, half = mean_and_interval(values)
+    if np.isnan(half):
+        return f'{mean:{form}}'
+    return f'{mean:{form}} +-{half:{form}}'
+
+
 def paired_p(larger, smaller):
     """One-sided p that `larger` has the larger mean, from a paired t-test.
 

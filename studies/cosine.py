@@ -22,10 +22,17 @@ import torch.nn.functional as F
 
 import swap94
 from lab.summary import new_figure
-from studies.common import COLOURS, Study, mean_and_interval, paired_p, run_study, save_both
+from studies.common import COLOURS, Study, mean_text, paired_p, run_study, save_both
 from studies.swap import hyp_of, measure, scales, train_swap, train_worker
 
-SCALES = scales({'paper': {'runs': 3}, 'small': {'runs': 5}, 'smoke': {'runs': 2}})
+SCALES = scales(
+    {
+        'paper': {'runs': 3, 'watched': None},
+        'full': {'runs': 1, 'watched': 3},  # of the workers
+        'small': {'runs': 5, 'watched': None},
+        'smoke': {'runs': 2, 'watched': None},
+    }
+)
 
 
 #### Training ######################################################################################
@@ -56,10 +63,10 @@ def watched(target, cosines):
 def train(cell, seed, place):
     """The cosines of each worker at each step, and accuracies from 0 to 1."""
     hyp = hyp_of(place, 'swap')
-    net, phase1, workers = train_swap(place, hyp, seed)
+    net, trained, phase1, workers = train_swap(place, hyp, seed)
     target = {name: p.detach().clone() for name, p in net.named_parameters()}
-    record = {'val_acc': measure(place, hyp, net, phase1['losses']), 'workers': [], 'cosines': []}
-    for worker in range(len(workers)):
+    record = {'val_acc': trained['val_acc'], 'workers': [], 'cosines': []}
+    for worker in range(len(workers))[: place.settings['watched']]:
         cosines = []
         loss = watched(target, cosines)
         result = train_worker(place, hyp, seed, worker, net, phase1, loss)
@@ -81,15 +88,15 @@ def thirds(records):
 
 
 def print_table(records):
-    print(
-        f'cosine of descent and the way to the average, n={len(records)} seeds, with 95% interval'
-    )
+    seeds, workers = len(records), len(records[0]['cosines'])
+    about = f'n={seeds} seeds with {workers} workers each, with 95% interval'
+    print(f'cosine of descent and the way to the average, {about}')
     means = thirds(records)
     for name, values in zip(('first', 'second', 'last'), means.T):
-        mean, half = mean_and_interval(values)
-        print(f'  {name:6} third of phase 2: {mean:7.4f} +-{half:6.4f}')
-    p = paired_p(means[:, 0], means[:, 2])
-    print(f'  lower in the last third than in the first: one-sided p={p:.2g}')
+        print(f'  {name:6} third of phase 2: {mean_text(values, "7.4f")}')
+    if seeds > 1:
+        p = paired_p(means[:, 0], means[:, 2])
+        print(f'  lower in the last third than in the first: one-sided p={p:.2g}')
     print('the paper (Figure 4) sees it fall over the training, without a figure in its text')
 
 

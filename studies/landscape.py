@@ -30,8 +30,9 @@ from lab.summary import new_figure
 from studies.common import (
     COLOURS,
     Study,
+    first_images,
     in_cell,
-    mean_and_interval,
+    mean_text,
     paired_p,
     read_networks,
     run_study,
@@ -43,9 +44,10 @@ from studies.swap import ALONE, FUNCTIONS, hyp_of, loader_of, scales, train_swap
 
 SCALES = scales(
     {
-        'paper': {'runs': 10, 'grid': 31, 'segment': 21},
-        'small': {'runs': 5, 'grid': 9, 'segment': 9},
-        'smoke': {'runs': 2, 'grid': 2, 'segment': 3},
+        'paper': {'runs': 10, 'grid': 31, 'segment': 21, 'measured': None},
+        'full': {'runs': 1, 'grid': 17, 'segment': 11, 'measured': 10_000},  # training images
+        'small': {'runs': 5, 'grid': 9, 'segment': 9, 'measured': None},
+        'smoke': {'runs': 2, 'grid': 2, 'segment': 3, 'measured': None},
     }
 )
 PLANES = {'phases': ('LB', 'SGD1', 'SWAP'), 'workers': ('SGD1', 'SGD2', 'SGD3')}
@@ -58,9 +60,9 @@ GIVEN = ('A', 'B', 'C')
 
 def train_networks(place, hyp, seed):
     """{name: state dict} of LB, three workers, SWAP, and a worker from other initial weights."""
-    net, phase1, workers = train_swap(place, hyp, seed)
+    net, _, phase1, workers = train_swap(place, hyp, seed)
     alone = hyp | {'phase2': hyp['phase2'] | {'workers': 1}}
-    _, _, [other] = train_swap(place, alone, 10_000 + seed)
+    _, _, _, [other] = train_swap(place, alone, 10_000 + seed)
     found = {'LB': phase1['weights'], 'SWAP': net.state_dict(), 'OTHER': other['weights']}
     return found | {f'SGD{i}': worker['weights'] for i, worker in enumerate(workers[:3], 1)}
 
@@ -83,7 +85,8 @@ class Networks:
     def __init__(self, place, seed):
         files = place.settings['files']
         self.hyp = hyp_of(place, 'swap')
-        self.loaders = loader_of(place, self.hyp), place.test_loader
+        train_loader = first_images(loader_of(place, self.hyp), place.settings['measured'])
+        self.loaders = train_loader, place.test_loader
         if files:
             nets = [place.load_network(file) for file in files]
             self.net = nets[0]
@@ -180,15 +183,14 @@ def segments_of(records, part):
 def print_networks(records):
     """Print the networks' accuracies, and whether SWAP is the best."""
     of_seeds = [record['networks'] for record in in_cell(records, part='networks')]
-    print(f'accuracy in %, n={len(of_seeds)}       on training images, on test images')
+    print(f'accuracy in %, n={len(of_seeds)}         on training images, on test images')
     accuracies = {}
     for name in of_seeds[0]:
         row = f'  {name:24}'
         for key in KINDS:
             accuracies[name, key] = np.array([100 * found[name][key] for found in of_seeds])
-            mean, half = mean_and_interval(accuracies[name, key])
-            row += f' {mean:9.2f} +-{half:5.2f}'
-        print(row)
+            row += f'    {mean_text(accuracies[name, key], "5.2f"):13}'
+        print(row.rstrip())
     if 'SWAP' in of_seeds[0] and len(of_seeds) > 1:
         ours = accuracies['SWAP', 'val_acc']
         for name in ('LB', 'SGD1', 'SGD2', 'SGD3'):
@@ -202,11 +204,12 @@ def print_barriers(records):
         for part in SEGMENTS:
             segments = segments_of(records, part).values()
             barriers.append([barrier(values_of(points, key)) for points in segments])
-            mean, half = mean_and_interval(barriers[-1])
-            print(f'barrier of {part} on {what}: {mean:6.2f} +-{half:5.2f} percentage points')
+            text = mean_text(barriers[-1], '5.2f')
+            print(f'barrier of {part} on {what}: {text} percentage points')
         same, other = barriers
-        p = paired_p(other, same)
-        print(f'  barrier lower from the same start: one-sided p={p:.2g}')
+        if len(same) > 1:
+            p = paired_p(other, same)
+            print(f'  barrier lower from the same start: one-sided p={p:.2g}')
 
 
 def draw_segments(records, stem):

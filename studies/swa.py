@@ -24,6 +24,7 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch.optim.swa_utils import AveragedModel
 
 import swap94
@@ -132,7 +133,7 @@ def train(cell, seed, place):
     workers, cycles = chains(way, hyp['phase2']['workers'])
     net, phase1 = train_phase1(place, hyp, seed)
     averaged = AveragedModel(net)
-    accuracies = []
+    accuracies, losses = [], []
     for worker in range(workers):
         result = phase1
         seconds = phase1['record']['seconds']
@@ -140,9 +141,10 @@ def train(cell, seed, place):
             result = train_worker(place, hyp, seed, worker * cycles + cycle, net, result)
             averaged.update_parameters(net)
             accuracies.append(measure(place, hyp, net, result['losses']))
+            losses.append(result['losses'])
             seconds += result['record']['seconds']
     return {
-        'val_acc': measure(place, hyp, averaged.module, phase1['losses']),
+        'val_acc': measure(place, hyp, averaged.module, torch.stack(losses).mean(0)),
         'networks': accuracies,
         'training_seconds': seconds,  # of phase 1, and of the last worker
         'pflop': pflop_of(place, hyp, phase1['record']['steps'], cycles),

@@ -128,11 +128,13 @@ RESNET9_SMOKE = {
 SETTINGS = {
     'airbench': {
         'paper': {'hyp': METHODS, 'images': None},
+        'full': {'hyp': METHODS, 'images': None},
         'small': {'hyp': AIRBENCH_SMALL, 'images': 5000},
         'smoke': {'hyp': AIRBENCH_SMOKE, 'images': 160},
     },
     'resnet9': {
         'paper': {'hyp': TABLE_5, 'hyp of 100 classes': TABLE_6, 'images': None},
+        'full': {'hyp': TABLE_5, 'hyp of 100 classes': TABLE_6, 'images': None},
         'small': {'hyp': RESNET9_SMALL, 'images': 5000},
         'smoke': {'hyp': RESNET9_SMOKE, 'images': 160},
     },
@@ -237,17 +239,15 @@ def loader_of(place, hyp):
     return place.training_loader(hyp['phase1']['batch_size'], hyp['aug'])
 
 
-def train_phase1(place, hyp, seed):
+def train_phase1(place, hyp, seed, compute_loss=swap94.compute_loss):
     """(network, what swap94.fit returns). Raises UserError if the network diverges."""
     loader = loader_of(place, hyp)
     functions = FUNCTIONS[place.settings['net']]
     make_net, init_whitening_conv = functions['make_net'], functions['init_whitening_conv']
     net = swap94.start(loader, hyp, seed, ALONE, None, make_net, init_whitening_conv)
     losses = torch.full((len(loader.images),), math.inf, device=place.device)
-    make_optimizer = functions['make_optimizer']
-    result = swap94.fit(
-        net, loader, hyp, 'phase1', seed, ALONE, losses, make_optimizer=make_optimizer
-    )
+    options = {'make_optimizer': functions['make_optimizer'], 'compute_loss': compute_loss}
+    result = swap94.fit(net, loader, hyp, 'phase1', seed, ALONE, losses, **options)
     check_finished(result['record'], seed)
     return net, result
 
@@ -274,18 +274,26 @@ def train_worker(place, hyp, seed, worker, net, before, compute_loss=swap94.comp
 
 
 def train_swap(place, hyp, seed):
-    """(network with the mean of the workers' weights, their mean losses, phase 1's result, theirs).
+    """Algorithm 1, or what `place` has of it. Raises UserError if a network diverges.
 
-    The results are what swap94.fit returns.
+    Returns (network, record, phase 1's result, the workers' results). swap94.train returns the
+    first two, and swap94.fit the others. They are in place.folder/networks, so that a study that
+    was killed goes on from there, and others may use them.
     """
-    net, phase1 = train_phase1(place, hyp, seed)
-    workers = range(hyp['phase2']['workers'])
-    results = [train_worker(place, hyp, seed, worker, net, phase1) for worker in workers]
-    _, losses = swap94.average(results, net, phase1['losses'], ALONE)
-    return net, losses, phase1, results
-
-
-def measure(place, hyp, net, losses):
-    """Test accuracy of a network after phase 2, from 0 to 1, without test-time augmentation."""
+    folder = place.folder / 'networks' / str(seed)
+    folder.mkdir(parents=True, exist_ok=True)
     loaders = loader_of(place, hyp), place.test_loader
-    return swap94.measure(net, loaders, losses, hyp, 'phase2', ALONE)
+    functions = FUNCTIONS[place.settings['net']]
+    net, record = swap94.train(*loaders, hyp, seed, checkpoints=folder, **functions)
+    for part in (record, *record['workers']):
+        check_finished(part, seed)
+    names = ['phase1', *(f'worker{i}' for i in range(hyp['phase2']['workers']))]
+    files = [folder / f'{name}.pt' for name in names]
+    phase1, *workers = [swap94.load_result(file, ALONE, place.device) for file in files]
+    return net, record, phase1, workers
+
+
+def measure(place, hyp, net, losses, phase='phase2'):
+    """Test accuracy of a network in a phase, from 0 to 1, without test-time augmentation."""
+    loaders = loader_of(place, hyp), place.test_loader
+    return swap94.measure(net, loaders, losses, hyp, phase, ALONE)

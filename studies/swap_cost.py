@@ -2,6 +2,7 @@
 
     python -m studies.swap_cost                                # a table for each of three links
     python -m studies.swap_cost --launch 2 --plot seconds.png  # steps of at least 2 ms; a picture
+    python -m studies.swap_cost logs/swap94-*h200.json         # SWAP's Table 1 from swap94's logs
 
 **Nothing here was measured on several GPUs.** It follows from counted operations, bytes and
 all-reduces, and from these assumptions:
@@ -21,6 +22,9 @@ all-reduces, and from these assumptions:
 - All GPUs share the batches of phase 1, and the GPUs of a worker share those of phase 2. If there
   are fewer GPUs than workers, they train them in turn. Validation is left out, as on the recipes'
   clock.
+
+Given logs of swap94.py, we print the paper's Table 1 for them: the accuracies that they measured,
+next to the seconds that their settings would take on eight GPUs.
 """
 
 import math
@@ -36,10 +40,12 @@ import swap94
 from lab.errors import Parser, UserError, report_errors
 from lab.flops import evaluated_images, flop_of_steps, flop_per_image
 from lab.options import override
-from lab.summary import new_figure, save_figure
+from lab.summary import new_figure, read_content, save_figure
 from studies.swap import METHODS
+from studies.swap_tables import PUBLISHED, ROWS
 
 GPUS = [1, 2, 4, 8, 16, 32, 64]
+RANKS = 8  # of Table 1
 TRAINING_IMAGES, TESTS, CLASSES = 50_000, 10_000, 10
 
 
@@ -78,10 +84,6 @@ class Part:
     turns: int = 1  # how often this happens, one after another
 
 
-def hyp_of(method):
-    return override(swap94.hyp, METHODS[method])
-
-
 @cache
 def gradient_bytes():
     """What a rank sends with a step's all-reduce: the gradient, in fp32."""
@@ -95,18 +97,14 @@ def steps_of(hyp, phase, gpus):
     return flop_of_steps(swap94, settings, TRAINING_IMAGES, CLASSES, gpus)
 
 
-@cache
-def evaluation_flop(method):
+def evaluation_flop(hyp):
     """Operations to evaluate the final network, on all GPUs together."""
-    hyp = hyp_of(method)
     _, of_view = flop_per_image(swap94, hyp, CLASSES)
     return evaluated_images(hyp, TRAINING_IMAGES, TESTS) * of_view
 
 
-@cache
-def parts_of(method, gpus):
+def parts_of(hyp, gpus):
     """The parts of a run."""
-    hyp = hyp_of(method)
     workers = hyp['phase2']['workers']
     parts = [Part(steps_of(hyp, 'phase1', gpus), gpus)]
     if workers > 0:
@@ -123,10 +121,13 @@ def part_seconds(part, gpu, link):
     return part.turns * seconds
 
 
-def run_seconds(method, gpus, gpu, link):
+def run_seconds(hyp, gpus, gpu, link):
     """Seconds of a run."""
-    seconds = sum(part_seconds(part, gpu, link) for part in parts_of(method, gpus))
-    return seconds + evaluation_flop(method) / gpus / gpu.rate
+    seconds = sum(part_seconds(part, gpu, link) for part in parts_of(hyp, gpus))
+    return seconds + evaluation_flop(hyp) / gpus / gpu.rate
+
+
+#### Tables and picture ############################################################################
 
 
 def print_table(link, seconds):
@@ -137,6 +138,65 @@ def print_table(link, seconds):
     # large-batch needs less than both, but it also reaches less.
     ratio = np.array(seconds['small-batch']) / seconds['swap']
     print(f'{"small/swap":13}' + ''.join(f'{value:13.2f}' for value in ratio))
+
+
+def read_runs(path):
+    """(hyp, the runs that finished) from a log of swap94.py. Raises UserError."""
+    content = read_content(path)
+    try:
+        hyp = content['hyp']
+        runs = [run for run in content['runs'] if not run.get('failed')]
+        workers = len(
+            runs[0]['workers']
+        )  # older logs of one phase have hyp['phase2']['workers'], too
+        return hyp | {'phase2': hyp['phase2'] | {'workers': workers}}, runs
+    except (IndexError, KeyError, TypeError) as error:
+        raise UserError(
+            f'{path}: is no log of swap94.py with finished runs; leave it out'
+        ) from error
+
+
+def worker_accuracies(runs):
+    """Test accuracies of all workers, without TTA."""
+    found = []
+    for worker in (worker for run in runs for worker in run['workers']):
+        last_row = worker['epochs'][-1]  # where older logs have it
+        found.append(worker.get('val_acc', last_row.get('val_acc')))
+    return found
+
+
+def accuracy_text(accuracies):
+    """Mean and std in percent, from accuracies from 0 to 1."""
+    values = 100 * np.array(accuracies)
+    if len(values) < 2:
+        return f'{values.mean():.2f}'
+    return f'{values.mean():.2f} +- {values.std(ddof=1):.2f}'
+
+
+def print_row(name, n, accuracies, seconds):
+    cells = [f'{text:15}' for text in accuracies] + [f'{value:22.2f}' for value in seconds]
+    print(f'{name:34} {n:4}  ' + ''.join(cells))
+
+
+def print_table_1(paths, gpu, links):
+    """Print the SWAP paper's Table 1 for some logs, and as published."""
+    logs = [(path.name.removesuffix('.json'), *read_runs(path)) for path in paths]
+    print(f'test accuracy in % with its std; seconds on {RANKS} GPUs: **modelled, not measured**')
+    names = ''.join(f'{link.name:>22}' for link in links)
+    print(f'{"log":34} {"n":>4}  {"without TTA":15}{"with TTA":15}{names}')
+    for name, hyp, runs in logs:
+        if hyp['phase2']['workers'] > 0:
+            before = worker_accuracies(runs)
+            parts = parts_of(hyp, RANKS)[:2]
+            seconds = [sum(part_seconds(part, gpu, link) for part in parts) for link in links]
+            print_row(f'{name}, workers', len(before), [accuracy_text(before), '-'], seconds)
+        kinds = ('val_acc', 'tta_val_acc')
+        accuracies = [accuracy_text([run[kind] for run in runs]) for kind in kinds]
+        seconds = [run_seconds(hyp, RANKS, gpu, link) for link in links]
+        print_row(name, len(runs), accuracies, seconds)
+    print('\nthe paper (Table 1): ResNet-9 on 8 V100s, n=10, seconds measured')
+    for row, (mean, std, seconds) in zip(ROWS, PUBLISHED[CLASSES]):
+        print(f'{row:41}{mean:.2f} +- {std:.2f} {seconds:7} s')
 
 
 def draw(results, file):
@@ -162,12 +222,15 @@ def draw(results, file):
 def parse_args(argv):
     parser = Parser('python -m studies.swap_cost', __doc__)
     add = parser.add_argument
+    add('logs', nargs='*', type=Path, metavar='LOG', help="swap94.py's, for Table 1")
     add('--rate', type=float, default=109.0, help="a GPU's TFLOP/s (default: %(default)s)")
     add('--launch', type=float, default=8.5, help='least ms of a step (default: %(default)s)')
     add('--latency', type=float, help="us, instead of each link's own")
     add('--bandwidth', type=float, help='GB/s of one link, instead of the three')
     add('--plot', metavar='FILE', help='draw the tables: .png, .svg or .pdf')
     args = parser.parse_args(argv)
+    if args.logs and args.plot:
+        raise UserError('Table 1 has no picture; leave out --plot, or the logs')
     for name in ('rate', 'launch', 'latency', 'bandwidth'):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -187,10 +250,16 @@ def chosen_links(args):
 def show_costs(argv):
     args = parse_args(argv)
     gpu = Gpu(1e12 * args.rate, 1e-3 * args.launch)
+    links = chosen_links(args)
+    if args.logs:
+        print_table_1(args.logs, gpu, links)
+        return 0
+    hyps = {method: override(swap94.hyp, own) for method, own in METHODS.items()}
     results = []
-    for link in chosen_links(args):
+    for link in links:
         seconds = {
-            method: [run_seconds(method, gpus, gpu, link) for gpus in GPUS] for method in METHODS
+            method: [run_seconds(hyp, gpus, gpu, link) for gpus in GPUS]
+            for method, hyp in hyps.items()
         }
         results.append((link, seconds))
         print_table(link, seconds)

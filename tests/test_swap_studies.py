@@ -14,7 +14,7 @@ from lab.data import load_set
 from lab.errors import UserError
 from lab.networks import save_network
 from lab.options import override
-from studies import common, cosine, landscape, networks, plane, swa, swap, swap_tables
+from studies import common, cosine, landscape, networks, plane, progress, swa, swap, swap_tables
 
 CPU = {'device': 'cpu', 'dtype': torch.float32}
 
@@ -28,6 +28,7 @@ def digits():
 def place(digits, tmp_path):
     """A place for swap94's own network, at smoke scale."""
     settings = swap.SETTINGS['airbench']['smoke'] | {'net': 'airbench', 'files': []}
+    settings |= {'watched': None, 'measured': None, 'points': 3}
     return common.Place(settings, tmp_path, digits, **CPU)
 
 
@@ -138,6 +139,27 @@ def test_a_network_that_diverges_ends_the_study(phase, resnet9):
         swap.train_swap(resnet9, override(swap94.hyp, own), 7)
 
 
+def test_a_study_goes_on_with_the_networks_that_it_has(place, monkeypatch):
+    hyp = swap.hyp_of(place, 'swap')
+    net, record, _, workers = swap.train_swap(place, hyp, 3)
+    assert len(workers) == 3 and record['val_acc'] > 0
+    for name, p in net.named_parameters():
+        mean = torch.stack([worker['weights'][name] for worker in workers]).mean(0)
+        assert torch.allclose(p, mean, atol=1e-6)
+    (place.folder / 'networks' / '3' / 'worker1.pt').unlink()
+    trained = []
+    fit = swap94.fit
+
+    def counted(*args, **options):
+        trained.append(args[3])
+        return fit(*args, **options)
+
+    monkeypatch.setattr(swap94, 'fit', counted)
+    again, *_ = swap.train_swap(place, hyp, 3)
+    assert trained == ['phase2']
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters()))
+
+
 #### Tables ####
 
 
@@ -155,6 +177,41 @@ def test_the_table_tells_before_and_after_averaging(capsys):
     swap_tables.print_table(accuracies, swap_tables.costs_of(records), swap_tables.PUBLISHED[10])
     output = capsys.readouterr().out
     assert '93.67' in output and '95.23' in output and '+5.75' in output
+
+
+#### Progress ####
+
+
+def test_the_accuracies_on_the_way_are_those_of_shorter_trainings(place):
+    """At the first point and at the last, they are those of phase 1 and of the whole run."""
+    record = progress.train({'method': 'swap'}, 0, place)
+    theirs = swap_tables.train({'method': 'swap'}, 0, place)
+    assert record['steps'] == {'phase1': [0, 2, 4], 'phase2': [0, 2, 4]}
+    assert [values[-1] for values in record['workers']] == theirs['workers']
+    assert record['average'][-1] == pytest.approx(theirs['val_acc'], abs=0.004)
+    assert np.array(record['workers']).shape == (3, 3) and len(record['phase1']) == 3
+    assert record['phase1'][0] < record['phase1'][-1]
+    rates = record['learning_rates']
+    assert rates['phase1'][0] == 0.27 and rates['phase2'][0] == 0.06 and len(rates['phase2']) == 4
+
+
+def test_weights_are_copied_before_their_step():
+    net = nn.Linear(2, 2)
+    copies = []
+    loss = progress.watched([1, 2], 2, copies)
+    for call in range(6):  # three steps of two shards
+        with torch.no_grad():
+            net.weight.fill_(call)
+        loss(net, torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), 0.0)
+    assert [weights['weight'][0, 0].item() for weights in copies] == [2, 4]
+
+
+def test_the_table_says_how_often_the_average_is_best(capsys):
+    cell = {'steps': {'phase2': [0, 5, 9]}, 'workers': [[0.5, 0.6, 0.7], [0.5, 0.62, 0.68]]}
+    progress.print_table([cell | {'average': [0.5, 0.61, 0.72]}])
+    output = capsys.readouterr().out
+    assert 'better than every worker at 1 of 2 steps' in output
+    assert '69.00' in output and '70.00' in output and '72.00' in output and 'nan' not in output
 
 
 #### SWA ####
@@ -178,11 +235,11 @@ def test_each_cycle_starts_where_it_should(way, starts, seconds, place, monkeypa
 
     def train_phase1(*args):
         record = {'seconds': 10, 'steps': 4}
-        return nn.Linear(2, 2), {'name': 'phase1', 'losses': None, 'record': record}
+        return nn.Linear(2, 2), {'name': 'phase1', 'losses': torch.zeros(3), 'record': record}
 
     def train_worker(place, hyp, seed, worker, net, before):
         found[worker] = before['name']
-        return {'name': worker, 'losses': None, 'record': {'seconds': 1}}
+        return {'name': worker, 'losses': torch.zeros(3), 'record': {'seconds': 1}}
 
     def measure(*args):
         return 0.5
