@@ -1,6 +1,7 @@
 """The angle between a worker's descent and the way to SWAP's average (Gupta et al. 2020, Figure 4).
 
     python -m studies.cosine                                # in ten minutes, on two CPU cores
+    python -m studies.cosine --scale full --dtype bfloat16  # swap94.py's networks, in 20 minutes
     torchrun --nproc_per_node=8 -m studies.cosine --scale paper --net resnet9 --data cifar10
     python -m studies.cosine --show --out logs/mine         # the table and the picture again
 
@@ -10,7 +11,8 @@ batch, and the way from the worker's weights to those of the average (section 4.
 falls as training goes on: the workers move around the middle of the basin, not towards it.
 
 --scale paper trains 3 seeds: with ResNet-9, 270 PFLOP, or 40 A100-minutes at airbench94's rate of
-0.36 PFLOP in 3.29 seconds. --scale small trains narrow networks on a tenth of the images.
+0.36 PFLOP in 3.29 seconds. --scale full trains one seed, and watches three of its workers. --scale
+small trains narrow networks on a tenth of the images.
 """
 
 import sys

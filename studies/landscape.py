@@ -1,6 +1,7 @@
 """Errors on the plane through three networks, and between two (Gupta et al. 2020, Figures 2, 3).
 
     python -m studies.landscape                             # in 20 minutes, on two CPU cores
+    python -m studies.landscape --scale full --dtype bfloat16   # swap94.py's networks, in an hour
     torchrun --nproc_per_node=8 -m studies.landscape --scale paper --net resnet9 --data cifar10
     python -m studies.landscape A.pt B.pt C.pt --out logs/plane     # any three from lab run --save
     python -m studies.landscape --show --out logs/plane     # the table and the pictures again
@@ -13,8 +14,9 @@ the segment between two workers that began at the same LB, and between two with 
 weights. A segment's barrier is its largest error minus the larger error of its two ends.
 
 --scale paper trains 10 seeds, and evaluates both sets at 2,300 points: with ResNet-9, 830 PFLOP, or
-two A100-hours at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains narrow
-networks on a tenth of the images.
+two A100-hours at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale full trains one seed, and
+measures the training error on 10,000 images, from which the statistics are, too. --scale small
+trains narrow networks on a tenth of the images.
 """
 
 import sys
@@ -45,7 +47,7 @@ from studies.swap import ALONE, FUNCTIONS, hyp_of, loader_of, scales, train_swap
 SCALES = scales(
     {
         'paper': {'runs': 10, 'grid': 31, 'segment': 21, 'measured': None},
-        'full': {'runs': 1, 'grid': 17, 'segment': 11, 'measured': 10_000},  # training images
+        'full': {'runs': 1, 'grid': 15, 'segment': 11, 'measured': 10_000},  # training images
         'small': {'runs': 5, 'grid': 9, 'segment': 9, 'measured': None},
         'smoke': {'runs': 2, 'grid': 2, 'segment': 3, 'measured': None},
     }

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 import numpy as np
+from matplotlib.colors import BoundaryNorm
 
 from lab.errors import UserError
 from lab.summary import new_figure
 from studies.common import save_both
 
 LABEL = {'boxstyle': 'round,pad=0.1', 'facecolor': 'white', 'alpha': 0.7, 'edgecolor': 'none'}
-MARGIN = 0.4  # around the networks, as a share of their extent
+MARGIN = 0.4  # around the networks, as a share of the larger of their two extents
 
 
 @dataclass
@@ -45,14 +46,22 @@ class Plane:
         """n values of alpha and n of beta, around the three vectors."""
         corners = np.array([self.coordinates(vector) for vector in self.vectors])
         low, high = corners.min(0), corners.max(0)
-        margin = MARGIN * (high - low)
+        margin = MARGIN * (high - low).max()
         return np.linspace(low - margin, high + margin, n).T
+
+
+def draw_marks(axes, marks, marker):
+    """Draw a marker at each of {name: place}, and its name."""
+    style = {'color': 'white', 'markeredgecolor': 'black', 'clip_on': False}
+    for name, place in marks.items():
+        axes.plot(*place, marker, **style)
+        axes.annotate(name, place, xytext=(5, 5), textcoords='offset points', bbox=LABEL)
 
 
 def draw_plane(points, marks, stem, path=()):
     """Draw contours of the error on training and test images, and where the networks are.
 
-    A star marks the point with the smallest test error.
+    On test images, a star marks the point with the smallest error, and says how large it is.
 
     Args:
         points: records with 'alpha', 'beta', 'train_acc' and 'val_acc', on a grid.
@@ -61,25 +70,23 @@ def draw_plane(points, marks, stem, path=()):
     """
     alphas, betas = [sorted({point[axis] for point in points}) for axis in ('alpha', 'beta')]
     best = max(points, key=itemgetter('val_acc'))
-    marks = marks | {'BEST': (best['alpha'], best['beta'])}
+    best_mark = {f'BEST, {100 * (1 - best["val_acc"]):.1f}%': (best['alpha'], best['beta'])}
     figure = new_figure(9, 1.7 + 3.8 * np.ptp(betas) / np.ptp(alphas))
     for axes, key in zip(figure.subplots(1, 2), ('train_acc', 'val_acc')):
         errors = np.empty((len(betas), len(alphas)))
         for point in points:
             row, column = betas.index(point['beta']), alphas.index(point['alpha'])
             errors[row, column] = 100 * (1 - point[key])
-        # Levels are dense near the lowest error, where the networks are.
-        above = np.geomspace(0.02, 1, 12) * max(1, np.ptp(errors))
-        levels = errors.min() + np.array([0, *above])
-        contours = axes.contourf(alphas, betas, errors, levels, cmap='viridis_r')
+        # Levels are dense near the lowest error, where the networks are, and each has its colour.
+        levels = errors.min() + np.array([0, *np.geomspace(0.1, max(1, np.ptp(errors)), 12)])
+        norm = BoundaryNorm(levels, 256)
+        contours = axes.contourf(alphas, betas, errors, levels, cmap='viridis_r', norm=norm)
         figure.colorbar(contours, location='bottom', format='%.1f', label='error (%)')
         for place in path:
             axes.plot(*place, '.', color='black')
-        for name, place in marks.items():
-            marker = '*' if name == 'BEST' else 'o'
-            style = {'color': 'white', 'markeredgecolor': 'black', 'clip_on': False}
-            axes.plot(*place, marker, **style)
-            axes.annotate(name, place, xytext=(5, 5), textcoords='offset points', bbox=LABEL)
+        draw_marks(axes, marks, 'o')
+        if key == 'val_acc':
+            draw_marks(axes, best_mark, '*')
         axes.set(xlabel='along u', ylabel='along v', aspect='equal')
         axes.set_title('training images' if key == 'train_acc' else 'test images')
     save_both(figure, stem)

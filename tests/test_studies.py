@@ -342,6 +342,7 @@ PICTURES = {  # one that the study draws
     'swa': 'swa.png',
     'landscape': 'plane-phases.png',
     'cosine': 'cosine.svg',
+    'progress': 'progress.png',
     'connectivity': 'map.png',
     'svcca': 'svcca.png',
     'restarts': 'plane.png',

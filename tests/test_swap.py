@@ -590,6 +590,18 @@ def test_ranks_share_all_of_a_step_except_for_its_optimizer():
     assert flop(8) == pytest.approx(of_images / 8 + of_muon)
 
 
+def test_the_defaults_cost_what_they_may():
+    """The goal that swap94.py set itself: at most 150 all-reduces, and 0.055 PFLOP on a rank."""
+    fits = {}
+    for phase in ('phase1', 'phase2'):
+        plan = swap94.plan_epochs(50000, swap94.phase_settings(swap94.hyp, phase))
+        fits[phase] = {'steps': sum(steps for _, steps in plan), 'epochs': plan}
+    record = {'phase1': fits['phase1'], 'workers': 8 * [fits['phase2']]}
+    costs = swap_costs(swap94, swap94.hyp, 50000, 10000, 10, record).values()
+    assert sum(cost['all_reduces'] for cost in costs) <= 150
+    assert 0.05 < sum(cost['pflop'] for cost in costs) <= 0.055
+
+
 @pytest.mark.parametrize('selected_from, statistics', [(1.0, 100), (0.0, 50)])
 def test_phase_3_costs_no_more_than_the_images_that_were_served_last(selected_from, statistics):
     """Of the 75 images that the selection leaves, one batch of 50 is full."""
