@@ -185,14 +185,14 @@ def segments_of(records, part):
 def print_networks(records):
     """Print the networks' accuracies, and whether SWAP is the best."""
     of_seeds = [record['networks'] for record in in_cell(records, part='networks')]
-    print(f'accuracy in %, n={len(of_seeds)}         on training images, on test images')
+    print(f'accuracy in %, n={len(of_seeds)}       on training images, on test images')
     accuracies = {}
     for name in of_seeds[0]:
         row = f'  {name:24}'
         for key in KINDS:
             accuracies[name, key] = np.array([100 * found[name][key] for found in of_seeds])
-            row += f'    {mean_text(accuracies[name, key], "5.2f"):13}'
-        print(row.rstrip())
+            row += f' {mean_text(accuracies[name, key], "5.2f"):>17}'
+        print(row)
     if 'SWAP' in of_seeds[0] and len(of_seeds) > 1:
         ours = accuracies['SWAP', 'val_acc']
         for name in ('LB', 'SGD1', 'SGD2', 'SGD3'):
@@ -207,7 +207,7 @@ def print_barriers(records):
             segments = segments_of(records, part).values()
             barriers.append([barrier(values_of(points, key)) for points in segments])
             text = mean_text(barriers[-1], '5.2f')
-            print(f'barrier of {part} on {what}: {text} percentage points')
+            print(f'barrier of {part} on {what}: {text:>14} percentage points')
         same, other = barriers
         if len(same) > 1:
             p = paired_p(other, same)

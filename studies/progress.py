@@ -1,7 +1,7 @@
 """Test accuracy of SWAP's workers and of their average, step by step (Gupta et al. 2020, Figure 1).
 
     python -m studies.progress                              # in ten minutes, on two CPU cores
-    python -m studies.progress --scale full --dtype bfloat16    # swap94.py's networks, in 20 minutes
+    python -m studies.progress --scale full --dtype bfloat16  # swap94.py's networks, in 20 minutes
     torchrun --nproc_per_node=8 -m studies.progress --scale paper --net resnet9 --data cifar10
     python -m studies.progress --show --out logs/mine       # the table and the picture again
 
