@@ -22,13 +22,12 @@ from filelock import Timeout
 from tqdm import tqdm
 
 import airbench94
-from lab import networks
+from lab import networks, summary
 from lab.data import ImageSet, load_set, progress, read_tensors
 from lab.errors import Parser, UserError, report_errors
 from lab.machine import DTYPES, describe_machine, is_first_process, pick_device, pick_dtype
 from lab.options import override
-from lab.runs import locked, open_log, read_json, write_json
-from lab.summary import save_figure
+from lab.runs import locked, open_log, read_json, write_json, write_tensors
 
 #### Training ######################################################################################
 
@@ -106,6 +105,21 @@ class Place:
             'tta_val_acc': airbench94.evaluate(net, self.test_loader, networks.tta_level(hyp)),
         }
 
+    def save_weights(self, name, seed, weights):
+        """Keep the weights of a network for later stages. weights: {name: tensor}."""
+        file = self.weights_file(name, seed)
+        file.parent.mkdir(exist_ok=True)
+        write_tensors(file, {key: value.detach() for key, value in weights.items()})
+
+    def load_weights(self, name, seed):
+        """What an earlier stage gave to save_weights, on this device. Raises UserError."""
+        way_out = f'delete the records of seed {seed}, and they will be made again'
+        weights = read_networks(self.weights_file(name, seed), way_out)
+        return {key: value.to(self.device) for key, value in weights.items()}
+
+    def weights_file(self, name, seed):
+        return self.folder / 'networks' / f'{name}-{seed}.pt'
+
     def load_network(self, file):
         """A network, with weights in fp32, from a file that --save wrote.
 
@@ -129,9 +143,9 @@ class Study:
 
     scales: {net: {scale: settings}}, for each kind of network, in JSON's types. The first kind is
         the default; its name becomes settings['net'].
-    plan(settings, records): a list of the networks that we want, as (cell, seed). It may ask for
-        some of them only after it has seen the records of others.
-    train(cell, seed, place): trains one of them and returns its record.
+    plan(settings, records): the jobs, which are the networks that we want, as (cell, seed). It may
+        ask for some of them only after it has seen the records of others.
+    train(cell, seed, place): does a job, and returns its record.
     show(config, records, folder): prints the table, and draws the pictures into the folder.
     files: names for the saved networks that the user may give, in settings['files'].
     """
@@ -145,9 +159,49 @@ class Study:
     files: tuple = ()
 
 
-def cell_file(folder, cell, seed):
+@dataclass
+class Stage:
+    """A part of a study that needs what the stage before it made.
+
+    jobs(settings): all that belongs to it, as (cell, seed). No other stage has the same cells.
+    train(cell, seed, place): does one of them, and returns its record. Weights go to later stages
+        through place.save_weights and place.load_weights.
+    """
+
+    jobs: Callable
+    train: Callable
+
+
+def in_stages(*stages):
+    """(plan, train) of a study: each stage begins when the one before it is complete."""
+
+    def plan(settings, records):
+        done = done_jobs(records)
+        jobs = []
+        for stage in stages:
+            jobs.extend(stage.jobs(settings))
+            if not done.issuperset(cell_name(*job) for job in jobs):
+                break
+        return jobs
+
+    def train(cell, seed, place):
+        [stage] = [stage for stage in stages if (cell, seed) in stage.jobs(place.settings)]
+        return stage.train(cell, seed, place)
+
+    return plan, train
+
+
+def cell_name(cell, seed):
     settings = '-'.join(f'{key}={value}' for key, value in cell.items())
-    return folder / 'cells' / f'{settings}-seed={seed}.json'
+    return f'{settings}-seed={seed}'
+
+
+def done_jobs(records):
+    return {cell_name(record['cell'], record['seed']) for record in records}
+
+
+def cell_file(folder, cell, seed):
+    return folder / 'cells' / f'{cell_name(cell, seed)}.json'
 
 
 def read_file(file, way_out):
@@ -211,19 +265,25 @@ def by_seed(records, **settings):
     return sorted(in_cell(records, **settings), key=itemgetter('seed'))
 
 
-def whole_seeds(records, jobs):
-    """The records of those seeds whose jobs are all done, so that we can compare pairs."""
+def whole_seeds(records, jobs, folder, least=1):
+    """The records of those seeds whose jobs are all done, so that we can compare pairs.
+
+    Raises UserError if there are fewer than `least`.
+    """
     wanted = Counter(seed for _, seed in jobs)
     made = Counter(record['seed'] for record in records)
-    return [record for record in records if made[record['seed']] == wanted[record['seed']]]
+    whole = {seed for seed in made if made[seed] == wanted[seed]}
+    if len(whole) < least:
+        need = 'a seed' if least == 1 else f'{least} seeds'
+        raise UserError(f'{folder}: needs {need} with all networks; train on, then --show')
+    return [record for record in records if record['seed'] in whole]
 
 
-def two_whole_seeds(records, jobs, folder):
-    """whole_seeds. Raises UserError if there are fewer than two."""
-    whole = whole_seeds(records, jobs)
-    if len({record['seed'] for record in whole}) < 2:
-        raise UserError(f'{folder}: needs two seeds with all their networks; train on, then --show')
-    return whole
+def check_complete(records, jobs, folder):
+    """Raise UserError if some of the jobs are not done."""
+    missing = len(jobs) - len(records)
+    if missing > 0:
+        raise UserError(f'{folder}: {missing} parts are missing; the same command again goes on')
 
 
 def make_cells(jobs, study, place):
@@ -321,8 +381,9 @@ def train_cells(study, args, folder):
     print(f'{about}; records in {folder}', flush=True)
     is_waiting = False
     while True:
-        jobs = study.plan(settings, read_cells(folder))
-        if all(cell_file(folder, *job).exists() for job in jobs):
+        records = read_cells(folder)
+        jobs = study.plan(settings, records)
+        if done_jobs(records).issuperset(cell_name(*job) for job in jobs):
             return
         if make_cells(jobs, study, place) == 0:
             if is_first_process() and not is_waiting:
@@ -338,6 +399,30 @@ def train_cells(study, args, folder):
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
 
 
+def new_figure(width, height):
+    """A matplotlib figure, in inches, whose labels can be read at half of its size."""
+    figure = summary.new_figure(width, height)
+    from matplotlib import rcParams  # now, since new_figure says it in one line if it is missing
+
+    rcParams.update({'font.size': 12, 'legend.frameon': False})
+    return figure
+
+
+def save_both(figure, stem):
+    """Write a figure as stem.svg and stem.png."""
+    for suffix in ('svg', 'png'):
+        summary.save_figure(figure, stem.with_name(f'{stem.name}.{suffix}'))
+
+
+def print_table(titles, rows):
+    """Print rows of texts below their titles. The first column is at the left of its width."""
+    lines = [titles, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for first, *others in lines:
+        texts = [text.rjust(width) for text, width in zip(others, widths[1:])]
+        print('  '.join([first.ljust(widths[0]), *texts]).rstrip())
+
+
 def mean_and_interval(values):
     """(mean, half the width of its 95% interval from Student's t, or NaN for one value)."""
     values = np.array(values)
@@ -348,11 +433,13 @@ def mean_and_interval(values):
 
 
 def mean_text(values, form):
-    """The mean of some values, with its 95% interval if there are several."""
+    """The mean of some values, with its 95% interval if there are several, or - if it is NaN."""
     mean, half = mean_and_interval(values)
+    if np.isnan(mean):
+        return '-'
     if np.isnan(half):
         return f'{mean:{form}}'
-    return f'{mean:{form}} +-{half:{form}}'
+    return f'{mean:{form}} +-{half:{form.removeprefix("+")}}'
 
 
 def paired_p(larger, smaller):
@@ -367,9 +454,3 @@ def paired_p(larger, smaller):
     if np.allclose(differences, differences[0]):
         return float(differences[0] <= 0)
     return scipy.stats.ttest_1samp(differences, 0, alternative='greater').pvalue
-
-
-def save_both(figure, stem):
-    """Write a figure as stem.svg and stem.png."""
-    for suffix in ('svg', 'png'):
-        save_figure(figure, stem.with_name(f'{stem.name}.{suffix}'))

@@ -7,14 +7,15 @@
 We train a VGG-16, and then the same shallow network twice: on the labels, and on the teacher's
 softened outputs. As in Hinton et al. 2015 (arXiv:1503.02531), the student's loss is T^2 times the
 divergence of its outputs from the teacher's, both at temperature T. The factor keeps the gradients
-as large as with labels. The paper has T = 5, and does not mix in the labels. SVCCA compares each
-layer of both students with each layer of the teacher (Figure 6). The paper: distillation makes the
-student's deeper layers more similar to the teacher's, and hardly changes the shallow ones.
+as large as with labels. The paper has T = 5, and does not mix in the labels. SVCCA
+(studies/similarity.py) compares each layer of both students with each layer of the teacher (Figure
+6). The paper: distillation makes the student's deeper layers more similar to the teacher's, and
+hardly changes the shallow ones.
 
 --scale paper trains 5 students of each kind, as in the paper. It does not say for how long: here
-100 epochs, and 200 for the teacher. That is 160 PFLOP with the teacher's outputs, or 25
-A100-minutes at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains narrow
-networks on 2500 images.
+100 epochs, and 200 for the teacher, which has dropout. That is 160 PFLOP with the teacher's
+outputs, or 25 A100-minutes at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains
+narrow networks without dropout on 2500 images.
 """
 
 import sys
@@ -24,70 +25,62 @@ import torch
 import torch.nn.functional as F
 
 import airbench94
-from lab.summary import new_figure
+from studies import sgd
 from studies.common import (
     COLOURS,
     Study,
     by_seed,
     mean_and_interval,
+    mean_text,
+    new_figure,
     paired_p,
+    print_table,
     run_study,
     save_both,
-    two_whole_seeds,
+    whole_seeds,
 )
-from studies.modes import NETS, cross_entropy, loaders_of, make_network, train_by_steps
-from studies.networks import make_student
-from studies.svcca import (
-    compared_images,
-    draw_matrices,
-    has_noise,
-    noise_floors,
-    observe,
-    similarities,
-)
+from studies.networks import NETS, describe, make_network, make_student
+from studies.similarity import compared_images, draw_matrices, noise_floors, observe, similarities
 
-SCALES = {
-    'paper': {
-        'images': None,  # of the training set: all
-        'compared': 2000,  # test images, for SVCCA
-        'share': 1.0,  # of both networks' full widths
-        'batch_size': 100,
-        'lr': 0.05,  # of the teacher
-        'student_lr': 0.01,
-        'teacher_epochs': 200,
-        'epochs': 100,
-        'temperature': 5.0,
-        'runs': 5,
-    },
-    'small': {
-        'images': 2500,
-        'compared': 2000,
-        'share': 0.125,
-        'batch_size': 25,
-        'lr': 0.01,
-        'student_lr': 0.01,
-        'teacher_epochs': 30,
-        'epochs': 20,
-        'temperature': 5.0,
-        'runs': 6,
-    },
-    'smoke': {
-        'images': 100,
-        'compared': 200,
-        'share': 0.0625,
-        'batch_size': 20,
-        'lr': 0.02,
-        'student_lr': 0.01,
-        'teacher_epochs': 1,
-        'epochs': 1,
-        'temperature': 5.0,
-        'runs': 2,
-    },
+PAPER = {
+    'images': None,  # of the training set: all
+    'compared': 2000,  # test images, for SVCCA
+    'share': 1.0,  # of both networks' full widths
+    'dropout': 0.5,  # of the teacher
+    'batch_size': 100,
+    'lr': 0.05,  # of the teacher
+    'student_lr': 0.01,
+    'teacher_epochs': 200,
+    'epochs': 100,
+    'temperature': 5.0,
+    'runs': 5,
 }
-STUDENTS = {'labels': 'on labels', 'teacher': 'on the teacher'}
+SMALL = PAPER | {
+    'images': 2500,
+    'share': 0.125,
+    'dropout': 0.0,
+    'batch_size': 25,
+    'lr': 0.01,
+    'teacher_epochs': 30,
+    'epochs': 20,
+    'runs': 6,
+}
+SMOKE = SMALL | {
+    'images': 100,
+    'compared': 200,
+    'share': 0.0625,
+    'batch_size': 20,
+    'lr': 0.02,
+    'teacher_epochs': 1,
+    'epochs': 1,
+    'runs': 2,
+}
+SCALES = {'paper': PAPER, 'small': SMALL, 'smoke': SMOKE}
+STUDENTS = {'labels': 'student on labels', 'teacher': 'student on the teacher'}
+PUBLISHED = {'labels': 83.01, 'teacher': 85.18}  # section 5: best accuracy of 5 students, in %
+CONVOLUTIONS = 2  # the first layers of the student; the others are linear
 
-
-#### Training ######################################################################################
+#### What to train #################################################################################
 
 
 def plan(settings, records):
@@ -95,7 +88,7 @@ def plan(settings, records):
 
 
 def distillation(teacher, temperature):
-    """A loss(net, inputs, labels) for modes.train: T^2 KL(teacher || net), both softened by T."""
+    """A loss(net, inputs, labels) for sgd.train: T^2 KL(teacher || net), both softened by T."""
 
     def loss(net, inputs, labels):
         with torch.no_grad():
@@ -107,110 +100,101 @@ def distillation(teacher, temperature):
     return loss
 
 
-def train_cell(cell, seed, place):
+def train(cell, seed, place):
     """Accuracies, in [0, 1], of teacher and students, and how similar their layers are."""
     settings = place.settings
-    loader, tests = loaders_of(place, settings['batch_size'])
-    loader.seed = seed
-    teacher = make_network(settings['net'], loader, settings['share'], seed)
+    loader, tests = sgd.loaders_of(place, settings['batch_size'], seed)
+    teacher = make_network(settings, loader, seed)
     images = compared_images(place)
     observe(teacher, images)  # if the images are too few, it says so before we train
-    train_by_steps(teacher, loader, settings['lr'], settings['teacher_epochs'])
-    teacher.eval()
-    losses = {'labels': cross_entropy, 'teacher': distillation(teacher, settings['temperature'])}
-    of_teacher = observe(teacher, images)
-    found = {'teacher_acc': airbench94.evaluate(teacher, tests), 'noise': {}}
+    sgd.train_by_steps(teacher, loader, settings['lr'], settings['teacher_epochs'])
+    of_teacher = observe(teacher, images)  # it stays in evaluation mode
+    losses = {
+        'labels': sgd.cross_entropy,
+        'teacher': distillation(teacher, settings['temperature']),
+    }
+    record = {'teacher_acc': airbench94.evaluate(teacher, tests), 'noise': {}}
     for name, loss in losses.items():
         options = {'seed': seed, 'device': place.device, 'dtype': place.dtype}
         student = make_student(place.num_classes, share=settings['share'], **options)
         loader.epoch = 0  # both students see the same images in the same order
-        train_by_steps(student, loader, settings['student_lr'], settings['epochs'], loss)
+        sgd.train_by_steps(student, loader, settings['student_lr'], settings['epochs'], loss)
         layers = observe(student, images), of_teacher
-        alike = similarities(*layers)
-        found[name] = {'val_acc': airbench94.evaluate(student, tests), 'similarities': alike}
-        found['noise'][name] = noise_floors(*layers, seed)
-    return found
+        accuracy = airbench94.evaluate(student, tests)
+        record[name] = {'val_acc': accuracy, 'similarities': similarities(*layers)}
+        record['noise'][name] = noise_floors(*layers, seed)
+    return record
 
 
-#### Table and pictures ############################################################################
+#### What to show ##################################################################################
+
+
+def matrices_of(records, name):
+    """A student's (similarities to the teacher, noise floors), each (seeds, layers, layers)."""
+    similar = np.array([record[name]['similarities'] for record in records])
+    return similar, np.array([record['noise'][name] for record in records])
 
 
 def gains_of(records):
-    """How much more similar each layer becomes to the teacher's: (seeds, student's layers)."""
-    found = []
-    for record in records:
-        with_teacher, without = [np.array(record[n]['similarities']) for n in ('teacher', 'labels')]
-        found.append((with_teacher - without).mean(1))
-    return np.array(found)
+    """How much more similar each layer becomes to the teacher's, and noise: (seeds, layers)."""
+    pairs = zip(matrices_of(records, 'teacher'), matrices_of(records, 'labels'))
+    return [(with_teacher - without).mean(2) for with_teacher, without in pairs]
 
 
-def gains_of_noise(records):
-    """What noise with as many directions would gain: (student's layers,), in the mean of the seeds.
-
-    None if the records are old, and have no noise floors.
-    """
-    if not has_noise(records):
-        return None
-    floors = {n: np.mean([record['noise'][n] for record in records], axis=(0, 2)) for n in STUDENTS}
-    return floors['teacher'] - floors['labels']
-
-
-def print_table(records):
-    print(f'accuracy in %, n={len(records)}, with its 95% interval               of the paper:')
-    accuracies = {'labels': [100 * record['labels']['val_acc'] for record in records]}
-    accuracies['teacher'] = [100 * record['teacher']['val_acc'] for record in records]
-    for name, published in (('labels', 83.01), ('teacher', 85.18)):
-        mean, half = mean_and_interval(accuracies[name])
-        print(f'student {STUDENTS[name]:16} {mean:6.2f} +-{half:5.2f} {published:24} (best of 5)')
-    mean, half = mean_and_interval([100 * record['teacher_acc'] for record in records])
-    print(f'teacher {"":16} {mean:6.2f} +-{half:5.2f}')
+def print_accuracies(records, settings):
+    print(f'{describe(settings)}, n={len(records)}; accuracy in %, with its 95% interval')
+    accuracies, rows = {}, []
+    for name, title in STUDENTS.items():
+        accuracies[name] = [100 * record[name]['val_acc'] for record in records]
+        rows.append([title, mean_text(accuracies[name], '.2f'), str(PUBLISHED[name])])
+    of_teacher = [100 * record['teacher_acc'] for record in records]
+    rows.append(['teacher', mean_text(of_teacher, '.2f'), '-'])
+    print_table(['', 'here', 'paper, best of 5'], rows)
     p = paired_p(accuracies['teacher'], accuracies['labels'])
     print(f'teacher better than labels: one-sided p={p:.2g}')
-    gains, of_noise = gains_of(records), gains_of_noise(records)
-    print("\nsimilarity to the teacher's layers gained by distillation, by layer:")
-    for i, values in enumerate(gains.T):
-        mean, half = mean_and_interval(values)
-        row = f'  layer {i + 1}: {mean:+.3f} +-{half:.3f}'
-        if of_noise is not None:
-            row += f'   noise: {of_noise[i]:+.3f}'
-        print(row)
-    shallow, deep = gains[:, :2].mean(1), gains[:, 2:].mean(1)
+
+
+def print_gains(gains, noise):
+    print("\nsimilarity to the teacher's layers gained by distillation")
+    pairs = zip(gains.T, noise.T)
+    rows = [
+        [str(i), mean_text(values, '+.3f'), f'{of_noise.mean():+.3f}']
+        for i, (values, of_noise) in enumerate(pairs, 1)
+    ]
+    print_table(['layer', 'gain', 'noise'], rows)
+    shallow, deep = gains[:, :CONVOLUTIONS].mean(1), gains[:, CONVOLUTIONS:].mean(1)
     p = paired_p(deep, shallow)
     print(f'the linear layers gain more than the convolutions: one-sided p={p:.2g}')
 
 
-def draw_gains(records, stem):
+def draw_gains(gains, noise, stem):
     """How much more similar each layer becomes to the teacher's, on average. Crosses: noise."""
-    figure = new_figure(5, 3.4)
+    figure = new_figure(6, 4)
     axes = figure.subplots()
-    for layer, values in enumerate(gains_of(records).T, 1):
-        mean, half = mean_and_interval(values)
-        axes.errorbar(layer, mean, half, fmt='o', color=COLOURS[0], capsize=3)
-    of_noise = gains_of_noise(records)
-    if of_noise is not None:
-        axes.plot(range(1, layer + 1), of_noise, 'x', color='grey', label='noise')
-        axes.legend(frameon=False)
+    layers = range(1, gains.shape[1] + 1)
+    means, halves = zip(*[mean_and_interval(values) for values in gains.T])
+    axes.errorbar(layers, means, halves, fmt='o', color=COLOURS[0], capsize=3, label='95% interval')
+    axes.plot(layers, noise.mean(0), 'x', color='grey', label='noise')
+    axes.legend(loc='upper left')
     axes.axhline(0, color='grey', linewidth=0.8)
-    axes.set(xlabel='layer of the student', ylabel='similarity gained by distillation')
-    axes.set_xticks(range(1, layer + 1))
+    axes.set(xlabel='layer of the student', ylabel='similarity gained\nby distillation')
+    kinds = ['conv' if layer <= CONVOLUTIONS else 'linear' for layer in layers]
+    axes.set_xticks(layers, [f'{layer}\n{kind}' for layer, kind in zip(layers, kinds)])
     save_both(figure, stem)
 
 
 def show(config, records, folder):
-    records = by_seed(two_whole_seeds(records, plan(config['settings'], []), folder))
-    print_table(records)
-    matrices, noise = {}, {}
-    for name, title in STUDENTS.items():
-        of_seeds = [record[name]['similarities'] for record in records]
-        matrices[f'student {title}'] = np.mean(of_seeds, axis=0)
-        if has_noise(records):
-            floors = [record['noise'][name] for record in records]
-            noise[f'student {title}'] = np.mean(floors, axis=0)
-    draw_matrices(matrices, noise, folder / 'svcca', ('student', 'teacher'))
-    draw_gains(records, folder / 'gains')
+    settings = config['settings']
+    records = by_seed(whole_seeds(records, plan(settings, []), folder, least=2))
+    print_accuracies(records, settings)
+    gains, noise = gains_of(records)
+    print_gains(gains, noise)
+    matrices = {title: matrices_of(records, name) for name, title in STUDENTS.items()}
+    draw_matrices(matrices, folder / 'svcca', 'student', 'teacher')
+    draw_gains(gains, noise, folder / 'gains')
 
 
-STUDY = Study('distill', __doc__, dict.fromkeys(NETS, SCALES), plan, train_cell, show)
+STUDY = Study('distill', __doc__, dict.fromkeys(NETS, SCALES), plan, train, show)
 
 if __name__ == '__main__':
     sys.exit(run_study(STUDY))

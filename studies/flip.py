@@ -27,7 +27,6 @@ import torch
 import airbench94
 import airbench95
 import airbench96
-from lab.errors import UserError
 from lab.options import override
 from lab.summary import new_figure
 from studies.common import (
@@ -343,9 +342,7 @@ def draw_strip(stem, seed=1, epochs=6):
 
 
 def show(config, records, folder):
-    records = whole_seeds(records, plan(config['settings'], []))
-    if not records:
-        raise UserError(f'{folder}: no seed has all its networks yet; train on, then --show')
+    records = whole_seeds(records, plan(config['settings'], []), folder)
     print_table(records)
     print_reshuffling(records)
     print_published(config['settings']['net'])

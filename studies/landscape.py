@@ -40,7 +40,7 @@ from studies.common import (
     run_study,
     save_both,
 )
-from studies.modes import barrier, values_of
+from studies.curves import barrier, values_of
 from studies.plane import Plane, draw_plane
 from studies.swap import ALONE, FUNCTIONS, hyp_of, loader_of, scales, train_swap
 

@@ -5,6 +5,8 @@ import torchvision.models.resnet
 import torchvision.models.vgg
 from torch import nn
 
+import airbench94
+from lab.options import override
 from swap94 import Mul, Net
 
 
@@ -65,6 +67,49 @@ def make_resnet9(width=64, num_classes=10, *, seed=0, device, dtype):
 
 #### For training with plain SGD ###################################################################
 
+NETS = ('vgg16-bn', 'vgg16', 'airbench')  # that most studies of heuristics offer with --net
+
+
+def make_network(settings, loader, seed, variance=2.0):
+    """An untrained network for a loader's images.
+
+    Args:
+        settings: a study's, with 'net', as for `--net`; 'share', of the network's full widths; and
+            'dropout' of VGG, as for make_vgg.
+        variance: of the initial weights; see `finish`.
+    """
+    name, share, classes = settings['net'], settings['share'], loader.num_classes
+    options = {'share': share, 'seed': seed, 'device': loader.device, 'dtype': loader.dtype}
+    if name == 'airbench':
+        net = make_airbench(classes, **options)
+        images = loader.normalize(loader.images[:5000])
+        airbench94.init_whitening_conv(net[0], images, airbench94.hyp['net']['whiten_eps'])
+        return net
+    options['variance'] = variance
+    if name.startswith('resnet'):
+        return make_resnet(int(name.removeprefix('resnet')), classes, **options)
+    depth, _, norm = name.removeprefix('vgg').partition('-')
+    options |= {'batchnorm': norm == 'bn', 'dropout': settings['dropout']}
+    return make_vgg(int(depth), classes, **options)
+
+
+def describe(settings):
+    """What make_network makes, for the tables. The oldest records are without dropout."""
+    about = f'{settings["net"]} with {settings["share"]:g} of its widths'
+    if settings['net'].startswith('vgg'):
+        about += f' and dropout {settings.get("dropout", 0):g}'
+    return about
+
+
+def make_airbench(num_classes, *, share, seed, device, dtype):
+    """airbench94's network. Its first layer still needs whitening."""
+    widths = airbench94.hyp['net']['widths']
+    own = [f'net.widths.{name}={max(1, round(share * w))}' for name, w in widths.items()]
+    hyp = override(airbench94.hyp, own)
+    compute_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    return airbench94.make_net(hyp, num_classes, seed=seed, device=device, dtype=compute_dtype)
+
+
 VGG_LAYERS = {11: torchvision.models.vgg.cfgs['A'], 16: torchvision.models.vgg.cfgs['D']}
 RESNET_BLOCKS = {18: ((64, 128, 256, 512), 2), 32: ((16, 32, 64), 5)}  # (channels, blocks of each)
 
@@ -87,33 +132,45 @@ def finish(layers, variance, device, dtype):
 
 
 def make_vgg(
-    depth, num_classes=10, *, batchnorm=False, share=1.0, variance=2.0, seed, device, dtype
+    depth,
+    num_classes=10,
+    *,
+    batchnorm=False,
+    dropout=0.0,
+    share=1.0,
+    variance=2.0,
+    seed,
+    device,
+    dtype,
 ):
     """VGG-11 or VGG-16 for 32 x 32 images: (N, 3, 32, 32) -> logits (N, num_classes).
 
     It has torchvision's convolutions, and then three linear layers with at most 512 units.
 
     Args:
+        dropout: the share of inputs that we drop before the first two linear layers: 0.5 in
+            VGG-16 of Garipov et al.'s code, whose layers are those in Gotmare et al.'s Figure 14.
         share: of all channels and units.
     """
     widths = [w if w == 'M' else round(share * w) for w in VGG_LAYERS[depth]]
     units = round(share * 512)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        layers = [
-            torchvision.models.vgg.make_layers(widths, batchnorm),
-            nn.Flatten(),
-            nn.Linear(units, units),
-            nn.ReLU(),
-            nn.Linear(units, units),
-            nn.ReLU(),
-            nn.Linear(units, num_classes),
-        ]
+        layers = [torchvision.models.vgg.make_layers(widths, batchnorm), nn.Flatten()]
+        for _ in range(2):
+            if dropout > 0:
+                layers.append(nn.Dropout(dropout))
+            layers += [nn.Linear(units, units), nn.ReLU()]
+        layers.append(nn.Linear(units, num_classes))
         return finish(layers, variance, device, dtype)
 
 
 def make_resnet(depth, num_classes=10, *, share=1.0, variance=2.0, seed, device, dtype):
-    """ResNet-18 or ResNet-32 for 32 x 32 images, with torchvision's blocks."""
+    """ResNet-18 or ResNet-32 for 32 x 32 images, with torchvision's blocks.
+
+    Where a block halves the maps, a 1 x 1 convolution projects its shortcut. So ResNet-32 has
+    466,906 parameters; with He et al.'s option A, which pads with zeros, it would have 464,154.
+    """
     channels, blocks = RESNET_BLOCKS[depth]
     widths = [round(share * width) for width in channels]
     with torch.random.fork_rng(devices=[]):

@@ -1,235 +1,60 @@
-"""How similar the layers of two networks are: SVCCA (Gotmare et al. 2019, section 2.2).
+"""How similar the layers of two networks are (Gotmare et al. 2019, section 2.2).
 
     python -m studies.svcca                                 # five minutes on two CPU cores
     python -m studies.svcca A.pt B.pt --out logs/alike      # any two networks that --save wrote
     python -m studies.svcca --show --out logs/alike         # the table and the pictures again
 
-Singular vector canonical correlation analysis (Raghu et al. 2017, arXiv:1706.05806) looks at the
-outputs of both networks' layers for the same test images. For each layer it finds the principal
-directions with 99% of the variance, and then the pairs of directions, one from each layer, that
-correlate most. The mean of these correlations is 1 if the layers are linear images of each other.
-We Fourier-transform the maps of a convolution, compare them frequency by frequency, and take the
-mean. If two layers' maps have different sizes, we compare the lowest frequencies, which both have.
-A linear layer has no maps, so we compare it with the means of the other layer's maps.
+We train pairs of networks from different initial weights. SVCCA (studies/similarity.py) compares
+the two after training, and one of them with itself before training. Next to each similarity we give
+its noise floor, and in the picture it is the dot on each square.
 
-Even noise is a little similar to a layer, and more so the fewer images there are: 0.15 with 2000
-images and 64 directions, 0.43 with 512 directions. So next to each similarity we give its noise
-floor, which is the similarity with Gaussian noise in place of the second layer, with as many
-directions. It is the mean of two draws; with 2000 images and at least three directions, that is
-within 0.01 of the mean of many. In the picture, it is the dot on each square. If a layer has more
-than one direction for two images, we refuse.
-
-The study trains pairs of networks from different initial weights. It compares the two after
-training, and one of them with itself before training. --scale paper trains VGG-16 at full width on
+--scale paper trains VGG-16 at full width, with dropout as in the code that the paper took over, on
 all images, for 100 epochs each: 28 PFLOP a seed, or 4 A100-minutes at airbench94's rate of 0.36
-PFLOP in 3.29 seconds. --scale small trains narrow networks on 1000 images.
+PFLOP in 3.29 seconds. --scale small trains narrow networks without dropout on 1000 images. The
+paper only uses the method, so there is no figure to compare with.
 """
 
-import itertools
-import math
 import sys
-from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import nn
 
-from lab.errors import UserError
-from lab.summary import new_figure
-from studies.common import Study, mean_and_interval, run_study, save_both
-from studies.modes import NETS, loaders_of, make_network, train_by_steps
+from studies import sgd
+from studies.common import Study, mean_text, print_table, run_study
+from studies.networks import NETS, describe, make_network
+from studies.similarity import compared_images, draw_matrices, noise_floors, observe, similarities
 
-SCALES = {
-    'paper': {
-        'images': None,  # of the training set: all
-        'compared': 2000,  # test images
-        'share': 1.0,  # of the network's full widths
-        'epochs': 100,
-        'batch_size': 100,
-        'lr': 0.05,
-        'runs': 3,
-    },
-    'small': {
-        'images': 1000,
-        'compared': 2000,
-        'share': 0.125,
-        'epochs': 40,
-        'batch_size': 25,
-        'lr': 0.01,
-        'runs': 4,
-    },
-    'smoke': {
-        'images': 100,
-        'compared': 200,
-        'share': 0.0625,
-        'epochs': 1,
-        'batch_size': 20,
-        'lr': 0.02,
-        'runs': 1,
-    },
+PAPER = {
+    'images': None,  # of the training set: all
+    'compared': 2000,  # test images
+    'share': 1.0,  # of the network's full widths
+    'dropout': 0.5,
+    'epochs': 100,
+    'batch_size': 100,
+    'lr': 0.05,
+    'runs': 3,
 }
+SMALL = PAPER | {
+    'images': 1000,
+    'share': 0.125,
+    'dropout': 0.0,
+    'epochs': 40,
+    'batch_size': 25,
+    'lr': 0.01,
+    'runs': 4,
+}
+SMOKE = SMALL | {
+    'images': 100,
+    'compared': 200,
+    'share': 0.0625,
+    'epochs': 1,
+    'batch_size': 20,
+    'lr': 0.02,
+    'runs': 1,
+}
+SCALES = {'paper': PAPER, 'small': SMALL, 'smoke': SMOKE}
 GIVEN = ('A', 'B')
-IMAGES_PER_DIRECTION = 2  # at least: with fewer images, even noise is similar to noise
-DRAWS = 2  # of noise
-ROUNDING = 1e-10  # of a layer's norm: what varies less is not a direction
 
-#### Estimates #####################################################################################
-
-
-def first_columns(x, count):
-    """x, (..., n, k), with 0 in all columns but the first `count`, (...)."""
-    is_kept = torch.arange(x.shape[-1]) < count[..., None]
-    return x * is_kept[..., None, :]
-
-
-def principal(x, variance=0.99):
-    """Orthonormal directions of x, (..., n, features), that hold this share of its variance.
-
-    x may be complex; its columns are centred first. What is left of a constant column is rounding,
-    and no direction. Returns (directions (..., n, k), how many of them it takes (...)). The further
-    directions are 0.
-    """
-    u, s, _ = torch.linalg.svd(x - x.mean(-2, keepdim=True), full_matrices=False)
-    s = torch.where(s > ROUNDING * torch.linalg.vector_norm(x), s, 0.0)
-    before = (s**2).cumsum(-1) - s**2
-    needed = (before < variance * (s**2).sum(-1, keepdim=True)).sum(-1)
-    return first_columns(u, needed), needed
-
-
-def correlations(x, y):
-    """The canonical correlations of two results of `principal`, (..., k): largest first, then 0.
-
-    Since the directions are orthonormal, these are the singular values of their product.
-    """
-    (x, _), (y, _) = x, y
-    return torch.linalg.svdvals(x.mH @ y).clamp(max=1)
-
-
-def frequencies(size):
-    """The independent (row, column) places in the Fourier transform of real size x size maps.
-
-    The negative of a frequency holds its conjugate, so we leave one of the two out. Small maps'
-    places are also places of larger maps.
-    """
-    found = []
-    for a, b in itertools.product(range(size), repeat=2):
-        if (a, b) <= (-a % size, -b % size):
-            found.append(tuple(k if k <= size // 2 else k - size for k in (a, b)))
-    return found
-
-
-def spectrum_of(outputs):
-    """The Fourier transform of a layer's outputs for n images, (frequencies, n, features).
-
-    Args:
-        outputs: (n, channels, size, size); or (n, features), which have only the frequency 0.
-    """
-    maps = outputs.double() if outputs.ndim == 4 else outputs.double()[..., None, None]
-    spectrum = torch.fft.fft2(maps)
-    places = frequencies(maps.shape[-1])
-    return torch.stack([spectrum[:, :, row, column] for row, column in places])
-
-
-@dataclass
-class Layer:
-    """The principal directions of a layer's outputs for n images, at each frequency of its maps."""
-
-    size: int  # of the maps
-    directions: torch.Tensor  # (frequencies, n, k)
-    needed: torch.Tensor  # how many of them it takes, (frequencies,)
-
-    def at(self, places):
-        """(directions, how many it takes) of some of the frequencies."""
-        of_place = {place: i for i, place in enumerate(frequencies(self.size))}
-        chosen = [of_place[place] for place in places]
-        return self.directions[chosen], self.needed[chosen]
-
-
-def layer_of(outputs, name='a layer'):
-    """The Layer with these outputs, which are as for spectrum_of.
-
-    Raises UserError if there are too few images to tell similar layers from others.
-    """
-    n, size = len(outputs), outputs.shape[-1] if outputs.ndim == 4 else 1
-    layer = Layer(size, *principal(spectrum_of(outputs)))
-    directions = max(1, layer.needed.max().item())
-    if n < IMAGES_PER_DIRECTION * directions:
-        found = f'{name} has {directions} directions, and there are {n} test images'
-        way_out = 'take a larger --scale, or a set with more test images'
-        raise UserError(f'{found}, too few for SVCCA: {way_out}')
-    return layer
-
-
-def noise_like(layer, generator):
-    """A Layer of Gaussian noise of the same shape, with as many directions at each frequency."""
-    _, n, k = layer.directions.shape
-    shape = n, k, layer.size, layer.size
-    x = spectrum_of(torch.randn(shape, generator=generator, dtype=torch.float64))
-    directions, _ = torch.linalg.qr(x - x.mean(-2, keepdim=True))
-    return Layer(layer.size, first_columns(directions, layer.needed), layer.needed)
-
-
-def similarity(first, second):
-    """The mean canonical correlation of two Layers, over directions and common frequencies.
-
-    If a layer has the same output for all images at a frequency, that frequency counts as 0.
-    """
-    places = frequencies(min(first.size, second.size))
-    x, y = first.at(places), second.at(places)
-    count = torch.minimum(x[1], y[1]).clamp(min=1)
-    return (correlations(x, y).sum(-1) / count).mean().item()
-
-
-def layers_of(net):
-    """{name: module} of a network's convolutions and linear layers, in order."""
-    kinds = (nn.Conv2d, nn.Linear)
-    return {name: module for name, module in net.named_modules() if isinstance(module, kinds)}
-
-
-@torch.no_grad()
-def observe(net, images):
-    """{name: Layer} of a network's convolutions and linear layers, for a batch of images.
-
-    The network stays in evaluation mode afterwards.
-    """
-    layers = {}
-
-    def keep(number, name):
-        def hook(module, inputs, output):
-            # At once, because a ReLU may overwrite the output.
-            layers[name] = layer_of(output.float().cpu(), f'layer {number} ({name})')
-
-        return hook
-
-    modules = layers_of(net).items()
-    hooks = [
-        module.register_forward_hook(keep(number, name))
-        for number, (name, module) in enumerate(modules, 1)
-    ]
-    net.eval()
-    net(images)
-    for hook in hooks:
-        hook.remove()
-    return layers
-
-
-def similarities(first, second):
-    """A matrix: each layer of one network against each of another. Both are {name: Layer}."""
-    return [[similarity(x, y) for y in second.values()] for x in first.values()]
-
-
-def noise_floors(first, second, seed):
-    """The same for the layers of one network, and noise like each layer of the other one."""
-    generator = torch.Generator().manual_seed(seed)
-    floors = np.zeros((len(first), len(second)))
-    for _ in range(DRAWS):
-        for column, layer in enumerate(second.values()):
-            noise = noise_like(layer, generator)
-            floors[:, column] += [similarity(x, noise) for x in first.values()]
-    return (floors / DRAWS).tolist()
-
-
-#### Training ######################################################################################
+#### What to train #################################################################################
 
 
 def plan(settings, records):
@@ -241,22 +66,14 @@ def plan(settings, records):
 def train_network(seed, place, images):
     """{name: Layer} of a network: (before training, after it)."""
     settings = place.settings
-    loader, _ = loaders_of(place, settings['batch_size'])
-    loader.seed = seed
-    net = make_network(settings['net'], loader, settings['share'], seed)
+    loader, _ = sgd.loaders_of(place, settings['batch_size'], seed)
+    net = make_network(settings, loader, seed)
     before = observe(net, images)
-    train_by_steps(net, loader, settings['lr'], settings['epochs'])
+    sgd.train_by_steps(net, loader, settings['lr'], settings['epochs'])
     return before, observe(net, images)
 
 
-def compared_images(place):
-    """The first test images, normalized, as a batch."""
-    loader = place.test_loader
-    images = loader.normalize(loader.images[: place.settings['compared']])
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def compare(cell, seed, place):
+def train(cell, seed, place):
     """Similarities of two networks' layers, and of one network's before and after training.
 
     With their noise floors.
@@ -277,66 +94,39 @@ def compare(cell, seed, place):
     }
 
 
-#### Table and picture #############################################################################
+#### What to show ##################################################################################
 
 
-def matrices_of(records, key):
-    """{what we compare: the records' similarities or noise floors (seeds, layers, layers)}."""
-    kinds = records[0][key]
-    return {kind: np.array([record[key][kind] for record in records]) for kind in kinds}
+def matrices_of(records):
+    """{what we compare: (similarities, noise floors)}, each an array (seeds, layers, layers)."""
+    found = {}
+    for kind in records[0]['similarities']:
+        keys = ('similarities', 'noise')
+        found[kind] = [np.array([record[key][kind] for record in records]) for key in keys]
+    return found
 
 
-def has_noise(records):
-    """Whether we know the noise floors. Old records have none."""
-    return all('noise' in record for record in records)
-
-
-def print_table(similar, noise):
-    for kind, of_seeds in similar.items():
-        print(f'similarity of the same layer, {kind}, n={len(of_seeds)}, with its 95% interval:')
-        for i in range(min(of_seeds.shape[1:])):
-            mean, half = mean_and_interval(of_seeds[:, i, i])
-            row = f'  layer {i + 1:2}: {mean:6.3f} +-{half:5.3f}'
-            if noise:
-                row += f'   noise: {noise[kind][:, i, i].mean():.3f}'
-            print(row)
-
-
-def draw_matrices(matrices, noise, stem, networks=('first', 'second')):
-    """A heat map for each {title: similarities of two networks' layers}.
-
-    noise: {title: their noise floors}, which become dots of the same colours; or {}.
-    """
-    columns = min(2, len(matrices))
-    rows = math.ceil(len(matrices) / columns)
-    first, second = np.shape(next(iter(matrices.values())))
-    figure = new_figure(4 * columns + 1, (3 * first / second + 0.8) * rows)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, (title, matrix) in zip(grid.flat, matrices.items()):
-        colours = {'vmin': 0, 'vmax': 1, 'cmap': 'viridis'}
-        image = axes.imshow(matrix, origin='lower', **colours)
-        if noise:
-            row, column = np.indices(np.shape(matrix))
-            axes.scatter(column, row, 16, noise[title], edgecolors='none', **colours)
-        axes.set(title=title)
-        axes.set_ylabel(f'layer of the {networks[0]}')
-        axes.set_xlabel(f'layer of the {networks[1]}')
-        axes.set_xticks(range(0, second, 2), range(1, second + 1, 2))
-        axes.set_yticks(range(0, first, 2), range(1, first + 1, 2))
-    label = 'similarity\n(dots: noise)' if noise else 'similarity'
-    figure.colorbar(image, ax=grid, label=label)
-    save_both(figure, stem)
+def print_similarities(matrices):
+    """Print how similar each layer is to the same layer of the other network."""
+    titles, columns = ['layer'], []
+    for kind, (similar, noise) in matrices.items():
+        titles += [kind, 'noise']
+        same = [np.diagonal(of_seeds, axis1=1, axis2=2).T for of_seeds in (similar, noise)]
+        columns.append([mean_text(values, '.3f') for values in same[0]])
+        columns.append([f'{values.mean():.3f}' for values in same[1]])
+    print(f'similarity of the same layer, n={len(similar)}, with its 95% interval')
+    print_table(titles, [[str(i), *row] for i, row in enumerate(zip(*columns), 1)])
 
 
 def show(config, records, folder):
-    similar = matrices_of(records, 'similarities')
-    noise = matrices_of(records, 'noise') if has_noise(records) else {}
-    print_table(similar, noise)
-    means = [{kind: of_seeds.mean(0) for kind, of_seeds in of.items()} for of in (similar, noise)]
-    draw_matrices(*means, folder / 'svcca')
+    if not config['settings']['files']:
+        print(describe(config['settings']))
+    matrices = matrices_of(records)
+    print_similarities(matrices)
+    draw_matrices(matrices, folder / 'svcca')
 
 
-STUDY = Study('svcca', __doc__, dict.fromkeys(NETS, SCALES), plan, compare, show, files=GIVEN)
+STUDY = Study('svcca', __doc__, dict.fromkeys(NETS, SCALES), plan, train, show, files=GIVEN)
 
 if __name__ == '__main__':
     sys.exit(run_study(STUDY))

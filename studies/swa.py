@@ -40,7 +40,7 @@ from studies.common import (
     paired_p,
     run_study,
     save_both,
-    two_whole_seeds,
+    whole_seeds,
 )
 from studies.swap import (
     METHODS,
@@ -228,7 +228,7 @@ def draw(config, records, num_classes, stem):
 
 
 def show(config, records, folder):
-    records = two_whole_seeds(records, plan(config['settings'], []), folder)
+    records = whole_seeds(records, plan(config['settings'], []), folder, least=2)
     print_table(records)
     draw(config, records, config['data']['classes'], folder / 'swa')
 

@@ -37,7 +37,7 @@ from studies.common import (
     paired_p,
     run_study,
     save_both,
-    two_whole_seeds,
+    whole_seeds,
 )
 from studies.swap import FUNCTIONS, check_finished, hyp_of, loader_of, recipe_of, scales
 
@@ -145,7 +145,7 @@ def draw(accuracies, stem):
 
 
 def show(config, records, folder):
-    records = two_whole_seeds(records, plan(config['settings'], []), folder)
+    records = whole_seeds(records, plan(config['settings'], []), folder, least=2)
     accuracies = accuracies_of(records)
     print_table(accuracies, costs_of(records), PUBLISHED.get(config['data']['classes']))
     draw(accuracies, folder / 'swap_tables')

@@ -13,7 +13,18 @@ from lab.data import load_set
 from lab.errors import UserError
 from lab.networks import save_network
 from lab.options import override
-from studies import common, connectivity, distill, modes, networks, restarts, svcca, warmup
+from studies import (
+    common,
+    connectivity,
+    curves,
+    distill,
+    networks,
+    restarts,
+    sgd,
+    similarity,
+    svcca,
+    warmup,
+)
 
 CPU = {'device': 'cpu', 'dtype': torch.float32}
 DIGITS = load_set('digits', airbench94)
@@ -34,15 +45,19 @@ def digits(train=True, n=100):
 #### Networks ####
 
 
+def settings_of(net, share, dropout=0.0):
+    return {'net': net, 'share': share, 'dropout': dropout}
+
+
 @pytest.mark.parametrize(
     'name, layers, parameters',  # layers with those of the shortcuts
     [('vgg16', 16, 15_245_130), ('vgg16-bn', 16, 15_253_578), ('vgg11', 11, 9_750_922),
      ('resnet18', 21, 11_173_962), ('resnet32', 34, 466_906)],
 )  # fmt: skip
 def test_networks_are_like_the_papers(name, layers, parameters):
-    net = modes.make_network(name, digits(), share=1.0, seed=0)
+    net = networks.make_network(settings_of(name, 1.0), digits(), seed=0)
     assert sum(p.numel() for p in net.parameters()) == parameters
-    assert len(svcca.layers_of(net)) == layers
+    assert len(similarity.layers_of(net)) == layers
     assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
@@ -58,9 +73,16 @@ def test_initial_weights_have_the_given_variance():
     assert torch.equal(again[0][10].weight, layer.weight)
 
 
+def test_vgg_drops_inputs_of_its_first_two_linear_layers():
+    net, plain = [networks.make_vgg(16, dropout=p, share=0.125, seed=0, **CPU) for p in (0.5, 0)]
+    kinds = [type(layer).__name__ for layer in list(net)[2:]]
+    assert kinds == ['Dropout', 'Linear', 'ReLU', 'Dropout', 'Linear', 'ReLU', 'Linear']
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters()))
+
+
 def test_airbenchs_network_gets_whitened():
     loader = digits()
-    net = modes.make_network('airbench', loader, share=0.125, seed=0)
+    net = networks.make_network(settings_of('airbench', 0.125), loader, seed=0)
     first = net[0].weight
     assert torch.equal(first[:12], -first[12:]) and not first.requires_grad
 
@@ -77,7 +99,7 @@ def test_narrow_resnets_train_without_harm(share):
 
 
 def test_rates_of_step_decay_and_of_restarts():
-    share = modes.step_decay(10, 20)
+    share = sgd.step_decay(10, 20)
     rates = [share(step) for step in range(200)]
     assert rates[59] == 1 and rates[60] == 0.2
     assert rates[120] == pytest.approx(0.04) and rates[199] == pytest.approx(0.008)
@@ -99,7 +121,7 @@ def test_training_that_diverges_is_a_mistake():
     net = networks.make_vgg(11, share=0.0625, seed=0, **CPU)
     optimizer = torch.optim.SGD(net.parameters(), 1e12)
     with pytest.raises(UserError, match='diverges: the loss is nan'):
-        modes.train(net, digits(), optimizer, LambdaLR(optimizer, lambda step: 1), 2)
+        sgd.train(net, digits(), optimizer, LambdaLR(optimizer, lambda step: 1), 2)
 
 
 #### Curves ####
@@ -113,13 +135,13 @@ def small_net():
 def two_ends():
     nets = [small_net(), small_net()]
     nn.init.normal_(nets[1][1].weight, std=0.1)
-    return nets[0], [modes.parameters_of(net) for net in nets]
+    return nets[0], [curves.parameters_of(net) for net in nets]
 
 
-@pytest.mark.parametrize('kind', modes.KINDS)
+@pytest.mark.parametrize('kind', curves.KINDS)
 def test_a_curves_ends_are_its_networks_and_a_middle_bend_is_the_segment(kind):
     net, (first, last) = two_ends()
-    curve = modes.new_curve(first, last, net, kind)
+    curve = curves.new_curve(first, last, net, kind)
     for t in (0, 0.2, 0.5, 0.9, 1):
         for name, value in curve.weights(t).items():
             expected = (1 - t) * first[name] + t * last[name]
@@ -134,24 +156,36 @@ def test_a_curves_ends_are_its_networks_and_a_middle_bend_is_the_segment(kind):
     assert torch.allclose(middle, torch.full_like(middle, share), atol=1e-6)
 
 
-@pytest.mark.parametrize('kind', modes.KINDS)
+@pytest.mark.parametrize('kind, strength', [('chain', 3), ('bezier', 7.5)])
+def test_weight_decay_at_points_is_weaker_than_at_bends(kind, strength):
+    bend = {'a': torch.ones(5, requires_grad=True)}
+    curve = curves.Curve({'a': torch.zeros(5)}, {'a': torch.zeros(5)}, bend, kind)
+    places = np.linspace(0, 1, 1001)
+    sum(curves.decay(curve.weights(t)) for t in places).backward()
+    at_bend = sgd.WEIGHT_DECAY * bend['a'].detach()
+    assert torch.allclose(bend['a'].grad / len(places) * strength, at_bend, rtol=0.01)
+
+
+@pytest.mark.parametrize('kind', curves.KINDS)
 def test_training_a_curve_lowers_its_barrier_and_leaves_its_ends(kind):
     loader = digits(n=200)
     net = small_net()
     optimizer = torch.optim.SGD(net.parameters(), 0.02, momentum=0.9)
-    modes.train(net, loader, optimizer, LambdaLR(optimizer, modes.step_decay(10, 60)), 60)
+    sgd.train(net, loader, optimizer, LambdaLR(optimizer, sgd.step_decay(10, 60)), 60)
     # The same network, with its hidden units in another order.
-    first = modes.parameters_of(net)
+    first = curves.parameters_of(net)
     last = {name: p.roll(3, dims=0) for name, p in first.items()}
     last['3.weight'] = first['3.weight'].roll(3, dims=1)
     last['3.bias'] = first['3.bias']
     ends = [first, last]
-    curve = modes.new_curve(*ends, net, kind)
+    curve = curves.new_curve(*ends, net, kind)
     tests = digits(train=False)
-    before = modes.measure_curve(curve, net, (loader, tests), 9)
-    modes.train_curve(curve, net, loader, lr=0.02, epochs=40, seed=0)
-    after = modes.measure_curve(curve, net, (loader, tests), 9)
-    barriers = [modes.barrier(modes.values_of(points, 'train_loss')) for points in (before, after)]
+    before = curves.measure_curve(curve, net, (loader, tests), 9)
+    curves.train_curve(curve, net, loader, lr=0.02, epochs=40, seed=0)
+    after = curves.measure_curve(curve, net, (loader, tests), 9)
+    barriers = [
+        curves.barrier(curves.values_of(points, 'train_loss')) for points in (before, after)
+    ]
     assert barriers[0] > 1 and barriers[1] < 0.3 * barriers[0]
     for at in (0, -1):
         assert before[at]['train_loss'] == pytest.approx(after[at]['train_loss'], rel=1e-5)
@@ -159,15 +193,15 @@ def test_training_a_curve_lowers_its_barrier_and_leaves_its_ends(kind):
 
 def test_a_point_is_measured_with_its_own_statistics(tmp_path):
     place = make_place(tmp_path, connectivity, 'vgg16-bn')
-    loaders = modes.loaders_of(place, 20)
-    net = modes.make_network('vgg16-bn', loaders[0], 0.0625, seed=0)
-    weights = modes.parameters_of(net)
-    before = modes.measure(net, weights, *loaders)
+    loaders = sgd.loaders_of(place, 20)
+    net = networks.make_network(place.settings, loaders[0], seed=0)
+    weights = curves.parameters_of(net)
+    before = curves.measure(net, weights, *loaders)
     with torch.no_grad():
         for name, value in net.named_buffers():
             if 'running' in name:
                 value.fill_(7.0)
-    assert modes.measure(net, weights, *loaders) == before
+    assert curves.measure(net, weights, *loaders) == before
 
 
 def test_given_networks_are_joined(tmp_path, folder, capsys):
@@ -184,7 +218,7 @@ def test_given_networks_are_joined(tmp_path, folder, capsys):
     assert {record['cell']['pair'] for record in curves} == {'AB'} and len(curves) == 2
     assert common.run_study(svcca.STUDY, [*call[:-1], str(tmp_path / 'alike')]) == 0
     assert (tmp_path / 'alike' / 'svcca.png').stat().st_size > 10_000
-    assert ' noise: 0.' in capsys.readouterr().out
+    assert 'two networks  noise\n' in capsys.readouterr().out
     [record] = common.read_cells(tmp_path / 'alike')
     similar, noise = [np.array(record[key]['two networks']) for key in ('similarities', 'noise')]
     assert similar.shape == noise.shape and (noise > 0).all() and (noise < 0.5).all()
@@ -210,7 +244,7 @@ def test_barriers_are_means_of_each_seeds_pairs():
 
 
 def alike(x, y):
-    return svcca.similarity(svcca.layer_of(x), svcca.layer_of(y))
+    return similarity.similarity(similarity.layer_of(x), similarity.layer_of(y))
 
 
 def test_svcca_does_not_see_rotations_and_scales():
@@ -231,7 +265,7 @@ def test_svcca_of_noise_is_at_chance():
     n, k = 4000, 10
     x, y = torch.randn(n, k), torch.randn(n, k)
     # The squares of the correlations have the mean k / n.
-    found = svcca.correlations(svcca.principal(x, 1.0), svcca.principal(y, 1.0))
+    found = similarity.correlations(similarity.principal(x, 1.0), similarity.principal(y, 1.0))
     assert (found**2).mean().item() == pytest.approx(k / n, rel=0.3)
     assert alike(torch.randn(1000, 4, 6, 6), torch.randn(1000, 4, 6, 6)) < 0.15
 
@@ -242,22 +276,24 @@ def test_correlations_are_scikit_learns():
     y = x @ rng.standard_normal((5, 3)) + 2 * rng.standard_normal((400, 3))
     cca = CCA(3, max_iter=5000, tol=1e-10).fit(x, y)
     theirs = [np.corrcoef(a, b)[0, 1] for a, b in zip(*(part.T for part in cca.transform(x, y)))]
-    parts = [svcca.principal(torch.from_numpy(part), 1.0) for part in (x, y)]
-    assert svcca.correlations(*parts)[:3].tolist() == pytest.approx(theirs, abs=1e-6)
+    parts = [similarity.principal(torch.from_numpy(part), 1.0) for part in (x, y)]
+    assert similarity.correlations(*parts)[:3].tolist() == pytest.approx(theirs, abs=1e-6)
 
 
 def test_directions_have_99_percent_of_the_variance():
     torch.manual_seed(3)
     x = torch.randn(5000, 3) * torch.tensor([10.0, 1.2, 0.1])  # shares of 98.6%, 1.4%, 0.01%
-    directions, needed = svcca.principal(x)
+    directions, needed = similarity.principal(x)
     assert needed == 2 and not directions[:, 2].any()
     assert torch.allclose(directions[:, :2].T @ directions[:, :2], torch.eye(2), atol=1e-4)
 
 
 @pytest.mark.parametrize('size', [1, 2, 4, 5, 8])
 def test_frequencies_of_small_maps_are_among_those_of_large_ones(size):
-    found = svcca.frequencies(size)
-    assert set(found) <= set(svcca.frequencies(2 * size)) & set(svcca.frequencies(2 * size + 1))
+    found = similarity.frequencies(size)
+    assert set(found) <= set(similarity.frequencies(2 * size)) & set(
+        similarity.frequencies(2 * size + 1)
+    )
     # With their conjugates, these are all frequencies.
     every = {(a % size, b % size) for a, b in found} | {(-a % size, -b % size) for a, b in found}
     assert len(every) == size**2
@@ -278,20 +314,20 @@ def test_layers_of_different_sizes_are_compared_by_their_lowest_frequencies():
 @pytest.mark.parametrize('n, features, expected', [(2000, 64, 0.15), (2000, 512, 0.43)])
 def test_the_noise_floor_is_the_similarity_of_independent_noise(n, features, expected):
     torch.manual_seed(6)
-    first, second = [svcca.layer_of(torch.randn(n, features)) for _ in range(2)]
-    found = svcca.noise_floors({'a': first}, {'b': second}, 0)
+    first, second = [similarity.layer_of(torch.randn(n, features)) for _ in range(2)]
+    found = similarity.noise_floors({'a': first}, {'b': second}, 0)
     assert found == [[pytest.approx(expected, abs=0.01)]]
-    assert svcca.similarity(first, second) == pytest.approx(expected, abs=0.01)
-    assert found == svcca.noise_floors({'a': first}, {'b': second}, 0)
-    assert found != svcca.noise_floors({'a': first}, {'b': second}, 1)
+    assert similarity.similarity(first, second) == pytest.approx(expected, abs=0.01)
+    assert found == similarity.noise_floors({'a': first}, {'b': second}, 0)
+    assert found != similarity.noise_floors({'a': first}, {'b': second}, 1)
 
 
 def test_the_noise_floor_is_that_of_the_directions_that_a_layer_has():
     torch.manual_seed(7)
-    narrow = svcca.layer_of(torch.randn(1000, 4) @ torch.randn(4, 100))
-    maps = svcca.layer_of(torch.randn(1000, 4, 5, 5))
+    narrow = similarity.layer_of(torch.randn(1000, 4) @ torch.randn(4, 100))
+    maps = similarity.layer_of(torch.randn(1000, 4, 5, 5))
     layers = {'narrow': narrow, 'maps': maps}
-    found = svcca.noise_floors(layers, layers, 0)
+    found = similarity.noise_floors(layers, layers, 0)
     assert narrow.needed.tolist() == [4] and set(maps.needed.tolist()) == {4}
     assert np.array(found) == pytest.approx(0.054, abs=0.02)
 
@@ -300,15 +336,15 @@ def test_a_constant_layer_has_no_directions():
     torch.manual_seed(8)
     n = 200
     constants = torch.randn(64), torch.randn(6, 5, 5), torch.randn(6, 5, 5), torch.randn(6, 8, 8)
-    same = [svcca.layer_of(values.expand(n, *values.shape).clone()) for values in constants]
+    same = [similarity.layer_of(values.expand(n, *values.shape).clone()) for values in constants]
     assert not any(layer.needed.any() for layer in same)
-    layers = dict(enumerate([*same, svcca.layer_of(torch.randn(n, 6, 5, 5))]))
-    found = np.array(svcca.similarities(layers, layers))
+    layers = dict(enumerate([*same, similarity.layer_of(torch.randn(n, 6, 5, 5))]))
+    found = np.array(similarity.similarities(layers, layers))
     assert found[-1, -1] == pytest.approx(1)
     found[-1, -1] = 0
     assert not found.any()
     # Maps that are the same everywhere only have the frequency 0.
-    flat = svcca.layer_of(torch.randn(n, 6, 1, 1).expand(n, 6, 5, 5).clone())
+    flat = similarity.layer_of(torch.randn(n, 6, 1, 1).expand(n, 6, 5, 5).clone())
     assert flat.needed[0] == 6 and not flat.needed[1:].any()
 
 
@@ -316,19 +352,19 @@ def test_svcca_refuses_few_images():
     torch.manual_seed(9)
     for shape in ((360, 512), (20, 64), (1, 64), (20, 64, 4, 4)):
         with pytest.raises(UserError, match='too few for SVCCA'):
-            svcca.layer_of(torch.randn(shape))
+            similarity.layer_of(torch.randn(shape))
     x = torch.randn(20, 10)
     vary_alike, _ = torch.linalg.qr(x - x.mean(0))  # in all of their 10 directions
-    assert svcca.layer_of(vary_alike).needed.tolist() == [10]
+    assert similarity.layer_of(vary_alike).needed.tolist() == [10]
     with pytest.raises(UserError, match='a layer has 10 directions, and there are 19 test images'):
-        svcca.layer_of(vary_alike[:19])
+        similarity.layer_of(vary_alike[:19])
 
 
 def test_the_layer_with_too_few_images_is_named():
     net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 30 * 30, 30))
     line = r'layer 2 \(2\) has 2\d directions, and there are 40 test images, too few for SVCCA'
     with pytest.raises(UserError, match=line):
-        svcca.observe(net, torch.randn(40, 3, 32, 32))
+        similarity.observe(net, torch.randn(40, 3, 32, 32))
 
 
 @pytest.mark.parametrize(
@@ -351,12 +387,12 @@ def test_convolutions_are_compared_before_their_relu():
     net = networks.make_vgg(16, share=0.0625, seed=0, **CPU)  # its ReLUs overwrite their inputs
     assert net[0][1].inplace
     x = torch.randn(100, 3, 32, 32)
-    layers = svcca.observe(net, x)
+    layers = similarity.observe(net, x)
     with torch.no_grad():
         for name, module in net[0].named_children():
             x = module(x)
             if isinstance(module, nn.Conv2d):
-                expected = svcca.layer_of(x.clone())
+                expected = similarity.layer_of(x.clone())
                 assert torch.equal(layers[f'0.{name}'].directions, expected.directions)
 
 
@@ -375,6 +411,7 @@ def test_the_rate_rises_and_drops():
 def test_a_frozen_head_stays_and_then_learns(net, tmp_path, monkeypatch):
     place = make_place(tmp_path, warmup, net)
     heads = []
+    train_as_ever = sgd.train
 
     def train(net, loader, optimizer, scheduler, epochs, on_epoch):
         def look(epoch):
@@ -382,10 +419,10 @@ def test_a_frozen_head_stays_and_then_learns(net, tmp_path, monkeypatch):
             on_epoch(epoch)
 
         look(0)
-        modes.train(net, loader, optimizer, scheduler, epochs, on_epoch=look)
+        train_as_ever(net, loader, optimizer, scheduler, epochs, on_epoch=look)
 
-    monkeypatch.setattr(warmup, 'train', train)
-    warmup.train_cell({'training': 'lb-frozen'}, 0, place)
+    monkeypatch.setattr(sgd, 'train', train)
+    warmup.train({'training': 'lb-frozen'}, 0, place)
     start, warm, end = heads
     assert len(start) == (6 if net == 'vgg11' else 2)
     assert all(torch.equal(a, b) for a, b in zip(start, warm))

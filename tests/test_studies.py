@@ -385,12 +385,42 @@ def kill_after_the_first(process, out):
     process.join()
 
 
+def test_a_stage_begins_when_the_one_before_it_is_complete():
+    def stage(name):
+        def jobs(settings):
+            return [({'part': name}, seed) for seed in range(settings['runs'])]
+
+        def train(cell, seed, place):
+            return {'made by': name}
+
+        return common.Stage(jobs, train)
+
+    plan, train = common.in_stages(stage('network'), stage('curve'))
+    networks = [({'part': 'network'}, seed) for seed in (0, 1)]
+    curves = [({'part': 'curve'}, seed) for seed in (0, 1)]
+    records = [{'cell': cell, 'seed': seed} for cell, seed in networks]
+    assert plan({'runs': 2}, records[:1]) == networks
+    assert plan({'runs': 2}, records) == networks + curves
+    place = common.Place.__new__(common.Place)
+    place.settings = {'runs': 2}
+    assert train({'part': 'curve'}, 1, place) == {'made by': 'curve'}
+
+
+def test_a_table_has_columns(capsys):
+    common.print_table(['way', 'n', 'error'], [['by hand', '3', '1.25'], ['-', '12', '0.5']])
+    assert capsys.readouterr().out.splitlines() == [
+        'way       n  error', 'by hand   3   1.25', '-        12    0.5',
+    ]  # fmt: skip
+
+
 def test_pairs_are_of_seeds_that_every_cell_has():
     jobs = [({'flip': flips}, seed) for seed in (0, 1) for flips in 'abc']
     records = [{'cell': cell, 'seed': seed} for cell, seed in jobs]
-    assert common.whole_seeds(records, jobs) == records
-    assert common.whole_seeds(records[:-1], jobs) == records[:3]
-    assert common.whole_seeds(records[1:5], jobs) == []
+    assert common.whole_seeds(records, jobs, 'folder', least=2) == records
+    assert common.whole_seeds(records[:-1], jobs, 'folder') == records[:3]
+    for some, least, need in ((records[1:5], 1, 'a seed'), (records[:-1], 2, '2 seeds')):
+        with pytest.raises(UserError, match=f'folder: needs {need} with all networks'):
+            common.whole_seeds(some, jobs, 'folder', least)
 
 
 @pytest.mark.filterwarnings('error')
