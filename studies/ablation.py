@@ -26,39 +26,37 @@ from torch import nn
 import airbench94
 from lab.networks import tta_level
 from lab.options import override
-from lab.summary import new_figure
-from studies.common import COLOURS, Study, first_images, in_cell, run_study, save_both
+from studies.common import Study, first_images, in_cell, run_study
 from studies.flip import NARROW, FlipLoader
+from studies.show import COLOURS, new_figure, print_table, save_both
 
-SCALES = {
-    'paper': {
-        'hyp': [],
-        'images': None,  # of the training set: all
-        'tests': None,  # of the test set: all
-        'target': 0.94,
-        'first': 12,  # epochs
-        'rounds': 6,
-        'runs': 25,
-    },
-    'small': {
-        'hyp': [*NARROW, 'opt.batch_size=100'],
-        'images': 5000,
-        'tests': 5000,
-        'target': 0.6,
-        'first': 4,
-        'rounds': 3,
-        'runs': 3,
-    },
-    'smoke': {
-        'hyp': [*NARROW, 'opt.batch_size=50'],
-        'images': 100,
-        'tests': None,
-        'target': 0.2,
-        'first': 2,
-        'rounds': 2,
-        'runs': 1,
-    },
+PAPER = {
+    'hyp': [],
+    'images': None,  # of the training set: all
+    'tests': None,  # of the test set: all
+    'target': 0.94,
+    'first': 12,  # epochs
+    'rounds': 6,
+    'runs': 25,
 }
+SMALL = {
+    'hyp': [*NARROW, 'opt.batch_size=100'],
+    'images': 5000,
+    'tests': 5000,
+    'target': 0.6,
+    'first': 4,
+    'rounds': 3,
+    'runs': 3,
+}
+SMOKE = SMALL | {
+    'hyp': [*NARROW, 'opt.batch_size=50'],
+    'images': 100,
+    'target': 0.2,
+    'first': 2,
+    'rounds': 2,
+    'runs': 1,
+}
+SCALES = {'paper': PAPER, 'small': SMALL, 'smoke': SMOKE}
 
 # What we set where a feature is missing.
 WITHOUT = {
@@ -97,7 +95,7 @@ def features_of(start, feature):
     return {'whitening', feature} & set(FEATURES)
 
 
-#### Training ######################################################################################
+#### What to train #################################################################################
 
 
 def init_randomly(layer, images, eps):
@@ -236,50 +234,53 @@ def savings(found, feature):
     return value_and_interval(final), value_and_interval(baseline)
 
 
-#### Table and picture #############################################################################
+#### What to show ##################################################################################
+
+STARTS = {'final': 'final recipe without it', 'baseline': 'whitened baseline with it'}
 
 
-def print_table(found, target):
-    print(f'epochs to {100 * target:.0f}%, with the 95% interval')
-    print('                         final recipe without   whitened baseline with')
+def print_epochs(found, target):
+    print(f'epochs to {100 * target:.0f}%, with the 95% interval; of the paper, to 94%')
+    rows = []
     for feature in ['none', *FEATURES]:
-        row = f'{feature:24}'
-        for start in ('final', 'baseline'):
-            cell = '     -'
+        row = [feature]
+        for start in STARTS:
+            text = '-'
             if (start, feature) in found:
                 epochs, low, high = value_and_interval(found[start, feature])
-                cell = f'{epochs:6.1f} ({low:.1f} to {high:.1f})'
-            row += f'{cell:24}'
-        print(row.rstrip())
-    print('of the paper, to 94%:')
-    for (start, feature), epochs in PUBLISHED.items():
-        print(f'  {start}, {feature}: {epochs}')
+                text = f'{epochs:.1f} ({low:.1f} to {high:.1f})'
+            row += [text, str(PUBLISHED.get((start, feature), '-'))]
+        rows.append(row)
+    print_table(['feature', STARTS['final'], 'paper', STARTS['baseline'], 'paper'], rows)
 
 
-def draw(found, target, stem):
-    """Figure 4: the epochs that each feature saves the final recipe and the baseline."""
-    figure = new_figure(8, 3.6)
-    axes = figure.subplots()
+def draw_savings(found, target, stem):
+    """Figure 4: the epochs that each feature saves, here and where the paper's text says so."""
+    figure = new_figure(9, 4.5)
+    ours, theirs = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     places = np.arange(len(FEATURES))
-    saved = np.array([savings(found, feature) for feature in FEATURES])
-    for start, name in enumerate(('final recipe', 'whitened baseline')):
-        values, low, high = saved[:, start].T
-        at = places + 0.4 * (start - 0.5)
-        axes.barh(at, values, 0.38, color=COLOURS[start], label=f'to the {name}')
-        axes.hlines(at, low, high, color='black', linewidth=1)
-    axes.set_yticks(places, FEATURES)
-    axes.set_ylim(len(FEATURES) - 0.5, -0.5)
-    axes.axvline(0, color='black', linewidth=0.8)
-    axes.set_xlabel(f'epochs to {100 * target:.0f}% that a feature saves')
-    axes.legend(frameon=False)
+    published = {key: np.array([epochs]) for key, epochs in PUBLISHED.items()}
+    for axes, epochs, percent in ((ours, found, 100 * target), (theirs, published, 94)):
+        saved = np.array([savings(epochs, feature) for feature in FEATURES])
+        for start, name in enumerate(('final recipe', 'whitened baseline')):
+            values, low, high = saved[:, start].T
+            at = places + 0.4 * (start - 0.5)
+            axes.barh(at, values, 0.38, color=COLOURS[start], label=f'to the {name}')
+            axes.hlines(at, low, high, color='black', linewidth=1)
+        axes.axvline(0, color='black', linewidth=0.8)
+        axes.set_xlabel(f'epochs to {percent:.0f}%\nthat a feature saves')
+    ours.set(title='here', ylim=(len(FEATURES) - 0.5, -0.5))
+    ours.set_yticks(places, FEATURES)
+    theirs.set(title='paper')
+    figure.legend(*ours.get_legend_handles_labels(), loc='outside upper center', ncols=2)
     save_both(figure, stem)
 
 
 def show(config, records, folder):
     target = config['settings']['target']
     found = found_epochs(records, target)
-    print_table(found, target)
-    draw(found, target, folder / 'ablation')
+    print_epochs(found, target)
+    draw_savings(found, target, folder / 'ablation')
 
 
 STUDY = Study('ablation', __doc__, {'airbench94': SCALES}, plan, train, show)

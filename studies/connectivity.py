@@ -27,22 +27,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lab.errors import UserError
 from studies import curves, sgd
-from studies.common import (
-    COLOURS,
-    Stage,
-    Study,
-    by_seed,
-    check_complete,
-    in_cell,
-    in_stages,
-    mean_text,
-    new_figure,
-    paired_p,
-    print_table,
-    run_study,
-    save_both,
-)
+from studies.common import Stage, Study, by_seed, check_complete, in_cell, in_stages, run_study
 from studies.networks import NETS, make_network
+from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
 
 PAPER = {
     'images': None,  # of the training set: all

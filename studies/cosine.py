@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 import swap94
-from lab.summary import new_figure
-from studies.common import COLOURS, Study, mean_text, paired_p, run_study, save_both
+from studies.common import Study, run_study
+from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
 from studies.swap import hyp_of, measure, scales, train_swap, train_worker
 
 SCALES = scales(
@@ -36,8 +36,7 @@ SCALES = scales(
     }
 )
 
-
-#### Training ######################################################################################
+#### What to train #################################################################################
 
 
 def plan(settings, records):
@@ -77,7 +76,7 @@ def train(cell, seed, place):
     return record | {'epochs': hyp['phase2']['train_epochs']}
 
 
-#### Table and picture #############################################################################
+#### What to show ##################################################################################
 
 
 def thirds(records):
@@ -89,22 +88,23 @@ def thirds(records):
     return np.array(rows)
 
 
-def print_table(records):
+def print_cosines(records):
     seeds, workers = len(records), len(records[0]['cosines'])
     about = f'n={seeds} seeds with {workers} workers each, with 95% interval'
     print(f'cosine of descent and the way to the average, {about}')
     means = thirds(records)
-    for name, values in zip(('first', 'second', 'last'), means.T):
-        print(f'  {name:6} third of phase 2: {mean_text(values, "7.4f")}')
+    names = ('first', 'second', 'last')
+    rows = [[f'{name} third', mean_text(values, '.4f')] for name, values in zip(names, means.T)]
+    print_table(['phase 2', 'cosine'], rows)
     if seeds > 1:
         p = paired_p(means[:, 0], means[:, 2])
-        print(f'  lower in the last third than in the first: one-sided p={p:.2g}')
+        print(f'lower in the last third than in the first: one-sided p={p:.2g}')
     print('the paper (Figure 4) sees it fall over the training, without a figure in its text')
 
 
-def draw(records, stem):
+def draw_cosines(records, stem):
     """The cosine at each step: of the workers of one seed, and its mean over all."""
-    figure = new_figure(7, 3.4)
+    figure = new_figure(8, 4)
     axes = figure.subplots()
     cosines = np.array([cosines for record in records for cosines in record['cosines']])
     epochs = np.linspace(0, records[0]['epochs'], cosines.shape[1], endpoint=False)
@@ -113,15 +113,15 @@ def draw(records, stem):
     axes.plot([], [], color=COLOURS[5], label='workers of seed 0')
     axes.plot(epochs, cosines.mean(0), color=COLOURS[0], label=f'mean of {len(cosines)} workers')
     axes.axhline(0, color='black', linewidth=0.8)
-    axes.set(xlabel='epochs of phase 2', ylabel='cosine')
-    axes.legend(frameon=False)
+    axes.set(xlabel='epochs of phase 2', ylabel='cosine of descent and way')
+    axes.legend()
     save_both(figure, stem)
 
 
 def show(config, records, folder):
     records = sorted(records, key=itemgetter('seed'))
-    print_table(records)
-    draw(records, folder / 'cosine')
+    print_cosines(records)
+    draw_cosines(records, folder / 'cosine')
 
 
 STUDY = Study('cosine', __doc__, SCALES, plan, train, show)

@@ -15,27 +15,27 @@ import sys
 from pathlib import Path
 
 import airbench96
-from lab.summary import new_figure
-from studies.common import COLOURS, Study, in_cell, mean_and_interval, run_study, save_both
+from studies.common import Study, in_cell, run_study
+from studies.show import COLOURS, mean_text, new_figure, print_table, save_both
 
 NARROW = ['net.widths.block1=16', 'net.widths.block2=32', 'net.widths.block3=64']
-SCALES = {
-    'paper': {
-        'hyp': [],
-        'images': None,  # of the training set: all
-        'runs': 10,
-    },
-    'small': {
-        'hyp': [*NARROW, 'opt.train_epochs=8', 'opt.batch_size=100', 'net.tta_level=1'],
-        'images': 5000,
-        'runs': 3,
-    },
-    'smoke': {
-        'hyp': [*NARROW, 'opt.train_epochs=1', 'opt.batch_size=50', 'net.tta_level=1'],
-        'images': 200,
-        'runs': 1,
-    },
+PAPER = {
+    'hyp': [],
+    'images': None,  # of the training set: all
+    'runs': 10,
 }
+SMALL = {
+    'hyp': [*NARROW, 'opt.train_epochs=8', 'opt.batch_size=100', 'net.tta_level=1'],
+    'images': 5000,
+    'runs': 3,
+}
+SMOKE = {
+    'hyp': [*NARROW, 'opt.train_epochs=1', 'opt.batch_size=50', 'net.tta_level=1'],
+    'images': 200,
+    'runs': 1,
+}
+SCALES = {'paper': PAPER, 'small': SMALL, 'smoke': SMOKE}
+CUTOUTS = (0, 12)  # pixels
 
 # Table 5, in percent: (set, cutout): (ResNet-18 without TTA, from the literature; airbench96)
 PUBLISHED = {
@@ -50,11 +50,11 @@ PUBLISHED = {
 }
 
 
-#### Training ######################################################################################
+#### What to train #################################################################################
 
 
 def plan(settings, records):
-    cells = [{'cutout': cutout} for cutout in (0, 12)]
+    cells = [{'cutout': cutout} for cutout in CUTOUTS]
     return [(cell, seed) for seed in range(settings['runs']) for cell in cells]
 
 
@@ -66,48 +66,54 @@ def train(cell, seed, place):
     return place.accuracies(net, hyp)
 
 
-#### Table and picture #############################################################################
+#### What to show ##################################################################################
 
 KINDS = {'val_acc': 'without TTA', 'tta_val_acc': 'with TTA'}
 
 
-def print_table(name, records):
+def accuracies_of(records, cutout, key):
+    return [100 * record[key] for record in in_cell(records, cutout=cutout)]
+
+
+def print_accuracies(name, records):
     print(f'{name}: accuracy in %, with the 95% interval of its mean')
-    print('                                                    of the paper:')
-    print('cutout    n       without TTA          with TTA   ResNet-18 airbench96')
-    for cutout in (0, 12):
-        cell = in_cell(records, cutout=cutout)
-        if not cell:
-            continue
-        row = f'{cutout:6} {len(cell):4}'
-        for key in KINDS:
-            mean, half = mean_and_interval([100 * record[key] for record in cell])
-            row += f'{mean:11.2f} +-{half:4.2f}'
-        for published in PUBLISHED.get((name, cutout), ()):
-            row += f'{published or "-":>11}'
-        print(row)
-
-
-def draw(name, records, stem):
-    """A dot for each network's accuracy."""
-    figure = new_figure(7, 2.4)
-    axes = figure.subplots()
     rows = []
-    for cutout, colour in zip((0, 12), COLOURS):
+    for cutout in CUTOUTS:
+        n = len(in_cell(records, cutout=cutout))
+        if n > 0:
+            row = [str(cutout), str(n)]
+            row += [mean_text(accuracies_of(records, cutout, key), '.2f') for key in KINDS]
+            published = PUBLISHED.get((name, cutout), (None, None))
+            rows.append([*row, *(str(accuracy or '-') for accuracy in published)])
+    papers = ['paper: ResNet-18', 'paper: airbench96']
+    print_table(['cutout', 'n', *KINDS.values(), *papers], rows)
+
+
+def draw_accuracies(name, records, stem):
+    """A dot for each network's accuracy, and the paper's, if it has the set."""
+    figure = new_figure(9, 3)
+    ours, theirs = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    rows = []
+    for cutout, colour in zip(CUTOUTS, COLOURS):
+        of_paper = dict(zip(KINDS, PUBLISHED.get((name, cutout), (None, None))))
         for key, kind in KINDS.items():
-            values = [100 * record[key] for record in in_cell(records, cutout=cutout)]
-            axes.plot(values, [len(rows)] * len(values), 'o', color=colour, alpha=0.6)
+            values = accuracies_of(records, cutout, key)
+            ours.plot(values, [len(rows)] * len(values), 'o', color=colour, alpha=0.6)
+            if of_paper[key]:
+                marker = 's' if key == 'val_acc' else 'o'
+                theirs.plot(of_paper[key], len(rows), marker, color=colour)
             rows.append(f'cutout {cutout}, {kind}')
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set(xlabel='test accuracy (%)', title=f'airbench96 on {name}, a dot a network')
+    ours.set_yticks(range(len(rows)), rows)
+    ours.set(ylim=(len(rows) - 0.5, -0.5), title=f'airbench96 on {name}, here')
+    ours.set_xlabel('test accuracy (%)')
+    theirs.set(title='paper', xlabel='test accuracy (%)\nsquares: ResNet-18')
     save_both(figure, stem)
 
 
 def show(config, records, folder):
     name = Path(config['data']['path']).name
-    print_table(name, records)
-    draw(name, records, folder / 'datasets')
+    print_accuracies(name, records)
+    draw_accuracies(name, records, folder / 'datasets')
 
 
 STUDY = Study('datasets', __doc__, {'airbench96': SCALES}, plan, train, show)

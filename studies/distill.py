@@ -26,20 +26,17 @@ import torch.nn.functional as F
 
 import airbench94
 from studies import sgd
-from studies.common import (
+from studies.common import Study, by_seed, run_study, whole_seeds
+from studies.networks import NETS, describe, make_network, make_student
+from studies.show import (
     COLOURS,
-    Study,
-    by_seed,
     mean_and_interval,
     mean_text,
     new_figure,
     paired_p,
     print_table,
-    run_study,
     save_both,
-    whole_seeds,
 )
-from studies.networks import NETS, describe, make_network, make_student
 from studies.similarity import compared_images, draw_matrices, noise_floors, observe, similarities
 
 PAPER = {

@@ -28,45 +28,37 @@ import airbench94
 import airbench95
 import airbench96
 from lab.options import override
-from lab.summary import new_figure
-from studies.common import (
+from studies.common import Study, by_seed, run_study, whole_seeds
+from studies.show import (
     COLOURS,
-    Study,
-    by_seed,
-    in_cell,
     mean_and_interval,
+    mean_text,
+    new_figure,
     paired_p,
-    run_study,
+    print_table,
     save_both,
-    whole_seeds,
 )
 
 RECIPES = {'airbench94': airbench94, 'airbench95': airbench95, 'airbench96': airbench96}
 FLIPS = ['none', 'random', 'alternating']
 NARROW = ['net.widths.block1=8', 'net.widths.block2=32', 'net.widths.block3=64']
-SCALES = {
-    'paper': {
-        'hyp': [],
-        'images': None,  # of the training set: all
-        'epochs': [10, 20, 40, 80],
-        'cutouts': [0, 12],
-        'runs': 400,
-    },
-    'small': {
-        'hyp': [*NARROW, 'opt.batch_size=50', 'aug.translate=0', 'net.tta_level=1'],
-        'images': 2500,
-        'epochs': [6, 10, 16],
-        'cutouts': [0],
-        'runs': 12,
-    },
-    'smoke': {
-        'hyp': [*NARROW, 'opt.batch_size=50', 'net.tta_level=1'],
-        'images': 200,
-        'epochs': [1, 2, 3],
-        'cutouts': [0],
-        'runs': 1,
-    },
+PAPER = {
+    'hyp': [],
+    'images': None,  # of the training set: all
+    'epochs': [10, 20, 40, 80],
+    'cutouts': [0, 12],
+    'runs': 400,
 }
+SMALL = {
+    'hyp': [*NARROW, 'opt.batch_size=50', 'aug.translate=0', 'net.tta_level=1'],
+    'images': 2500,
+    'epochs': [6, 10, 16],
+    'cutouts': [0],
+    'runs': 12,
+}
+SMOKE = SMALL | {'images': 200, 'epochs': [1, 2, 3], 'runs': 1}
+SCALES = {'paper': PAPER, 'small': SMALL, 'smoke': SMOKE}
+
 # Table 6: mean accuracy of airbench94 in percent, n=400, with each of FLIPS.
 # (epochs, cutout, whether with TTA)
 PUBLISHED = {
@@ -91,6 +83,10 @@ PUBLISHED = {
 # Table 2: speedup of airbench96 in percent at 10, 20, 40 and 80 epochs, with cutout.
 # (whether with TTA)
 PUBLISHED_96 = {False: (4.94, 8.99, 17.2, 18.8), True: (1.11, 3.58, 6.48, None)}
+
+# Table 1: accuracy of airbench94 in percent after 10 epochs, with TTA, with random and alternating
+# flip. (whether images are drawn with replacement)
+PUBLISHED_DRAWS = {True: (93.40, 93.48), False: (93.92, 94.01)}
 
 
 class FlipLoader(airbench94.CifarLoader):
@@ -120,7 +116,7 @@ class FlipLoader(airbench94.CifarLoader):
         return draws
 
 
-#### Training ######################################################################################
+#### What to train #################################################################################
 
 
 def plan(settings, records):
@@ -205,76 +201,72 @@ def speedup_intervals(epochs, random, alternating, resamples=100):
     return np.percentile(found, [2.5, 97.5], axis=0, method='nearest')  # some are infinite
 
 
-#### Table and pictures ############################################################################
+#### What to show ##################################################################################
+
+KINDS = {'val_acc': 'without TTA', 'tta_val_acc': 'with TTA'}
 
 
-def errors_of(records, key, **settings):
+def errors_of(records, key, **cell):
     """The errors of a cell's networks in percent, sorted by seed."""
-    return np.array([100 * (1 - record[key]) for record in by_seed(records, **settings)])
+    return np.array([100 * (1 - record[key]) for record in by_seed(records, **cell)])
 
 
-def settings_of(records, name):
-    return sorted({record['cell'][name] for record in records})
-
-
-def curves_of(records, key, cutout):
-    """(epochs, errors in percent (seeds, epochs) with each of FLIPS)."""
-    of = {'cutout': cutout, 'replaced': False}
-    epochs = settings_of(in_cell(records, **of), 'epochs')
+def curves_of(records, key, epochs, cutout):
+    """{flip: errors in percent (seeds, epochs)}."""
     curves = {}
     for flip in FLIPS:
-        columns = [errors_of(records, key, flip=flip, epochs=e, **of) for e in epochs]
-        curves[flip] = np.stack(columns, axis=1)
-    return epochs, curves
+        cells = [{'flip': flip, 'epochs': e, 'cutout': cutout, 'replaced': False} for e in epochs]
+        curves[flip] = np.stack([errors_of(records, key, **cell) for cell in cells], axis=1)
+    return curves
 
 
-def print_table(records):
-    n = len({record['seed'] for record in records})
-    kinds = ''.join(f'{flip:>16}' for flip in FLIPS)
+def published_speedup(epochs, cutout, has_tta):
+    """The speedup in Table 6, from the same power law."""
+    all_epochs = PAPER['epochs']
+    rows = [PUBLISHED[e, cutout, has_tta] for e in all_epochs]
+    law = fit_power_law(all_epochs, [100 - random for _, random, _ in rows])
+    return speedup(law, epochs, 100 - PUBLISHED[epochs, cutout, has_tta][2])
+
+
+def print_flips(records, settings):
+    n, epochs = len({record['seed'] for record in records}), settings['epochs']
     print(f'accuracy in %, n={n}, with the 95% interval of its mean')
-    print('one-sided p that alternating flip is better than random flip')
-    print(f'epochs cutout TTA{kinds}       p speedup (95%)')
-    for cutout in settings_of(records, 'cutout'):
-        for key in ('val_acc', 'tta_val_acc'):
-            print_rows(records, key, cutout)
+    print('p is one-sided, that alternating flip is better than random flip')
+    rows, gains = [], []
+    for cutout in settings['cutouts']:
+        for key, kind in KINDS.items():
+            curves = curves_of(records, key, epochs, cutout)
+            random, alternating = curves['random'], curves['alternating']
+            fastest = speedups(epochs, random, alternating)
+            low, high = speedup_intervals(epochs, random, alternating)
+            for i, at in enumerate(epochs):
+                row = [f'{at} epochs, cutout {cutout}, {kind}']
+                row += [mean_text(100 - curves[flip][:, i], '.2f') for flip in FLIPS]
+                row.append(f'{paired_p(random[:, i], alternating[:, i]):.2g}')
+                rows.append([*row, f'{fastest[i]:.0%} ({low[i]:.0%} to {high[i]:.0%})'])
+            gain = mean_text((random - alternating).mean(1), '+.2f')
+            p = paired_p(random.mean(1), alternating.mean(1))
+            gains.append(f'  cutout {cutout}, {kind}: {gain}, p={p:.2g}')
+    print_table(['', *FLIPS, 'p', 'speedup (95%)'], rows)
+    print('alternating over random flip, mean of the epochs:', *gains, sep='\n')
 
 
-def print_rows(records, key, cutout):
-    epochs, curves = curves_of(records, key, cutout)
-    random, alternating = curves['random'], curves['alternating']
-    fastest = speedups(epochs, random, alternating)
-    low, high = speedup_intervals(epochs, random, alternating)
-    name = f'{cutout:6} {"yes" if key == "tta_val_acc" else "no":>3}'
-    for i, at in enumerate(epochs):
-        row = f'{at:6} {name}'
-        for flip in FLIPS:
-            mean, half = mean_and_interval(curves[flip][:, i])
-            row += f'{100 - mean:9.2f} +-{half:5.2f}'
-        row += f'{paired_p(random[:, i], alternating[:, i]):8.2g}'
-        print(f'{row} {fastest[i]:7.0%} ({low[i]:.0%} to {high[i]:.0%})')
-    gain, half = mean_and_interval((random - alternating).mean(1))
-    p = paired_p(random.mean(1), alternating.mean(1))
-    print(f'   all {name}   alternating over random: {gain:+.2f} +-{half:.2f}, p={p:.2g}')
-
-
-def print_reshuffling(records):
+def print_reshuffling(records, settings):
     """Table 1: epochs that shuffle the images, and epochs that draw them with replacement."""
-    epochs = settings_of(records, 'epochs')[0]
-    print(f'\nwith TTA, {epochs} epochs:            random flip    alternating flip')
-    gains = 0
+    epochs = settings['epochs'][0]
+    print(f'\nwith TTA, {epochs} epochs; of the paper (Table 1): 10 epochs')
+    rows, gains = [], 0
     for name, replaced, sign in (('drawn with replacement', True, 1), ('reshuffled', False, -1)):
-        row = f'{name:30}'
+        row = [name]
         for flip in FLIPS[1:]:
             cell = {'epochs': epochs, 'cutout': 0, 'flip': flip, 'replaced': replaced}
             errors = errors_of(records, 'tta_val_acc', **cell)
-            mean, half = mean_and_interval(errors)
-            row += f'{100 - mean:8.2f} +-{half:5.2f}'
+            row.append(mean_text(100 - errors, '.2f'))
             gains = gains + sign * errors / 2
-        print(row)
-    gain, half = mean_and_interval(gains)
-    p = paired_p(gains, 0)
-    print(f'reshuffling over drawing: {gain:+.2f} +-{half:.2f}, one-sided p={p:.2g}')
-    print('of the paper (Table 1):       93.40 and 93.48, drawn with replacement; 93.92 and 94.01')
+        rows.append([*row, *(f'{accuracy:.2f}' for accuracy in PUBLISHED_DRAWS[replaced])])
+    print_table(['', *FLIPS[1:], *(f'paper: {flip}' for flip in FLIPS[1:])], rows)
+    gain, p = mean_text(gains, '+.2f'), paired_p(gains, 0)
+    print(f'reshuffling over drawing: {gain}, one-sided p={p:.2g}')
 
 
 def print_published(net):
@@ -283,43 +275,49 @@ def print_published(net):
         for has_tta, percents in PUBLISHED_96.items():
             print('  with TTA:   ' if has_tta else '  without TTA:', *percents)
     if net == 'airbench94':
-        kinds = ''.join(f'{flip:>12}' for flip in FLIPS)
         print('\nof the paper, airbench94, n=400 (Table 6; the speedup is of the same power law):')
-        print(f'epochs cutout TTA{kinds} speedup')
+        rows = []
         for (epochs, cutout, has_tta), accuracies in PUBLISHED.items():
-            row = f'{epochs:6} {cutout:6} {"yes" if has_tta else "no":>3}'
-            row += ''.join(f'{accuracy:12.2f}' for accuracy in accuracies)
-            print(f'{row} {published_speedup(epochs, cutout, has_tta):7.1%}')
+            row = [f'{epochs} epochs, cutout {cutout}, {"with" if has_tta else "without"} TTA']
+            row += [f'{accuracy:.2f}' for accuracy in accuracies]
+            rows.append([*row, f'{published_speedup(epochs, cutout, has_tta):.1%}'])
+        print_table(['', *FLIPS, 'speedup'], rows)
 
 
-def published_speedup(epochs, cutout, has_tta):
-    all_epochs = SCALES['paper']['epochs']
-    rows = [PUBLISHED[e, cutout, has_tta] for e in all_epochs]
-    law = fit_power_law(all_epochs, [100 - random for _, random, _ in rows])
-    return speedup(law, epochs, 100 - PUBLISHED[epochs, cutout, has_tta][2])
-
-
-def draw_curves(records, stem):
-    """Figure 5: error against epochs, with intervals and the power law of random flip."""
-    cutouts = settings_of(records, 'cutout')
-    figure = new_figure(9, 3.6 * len(cutouts))
-    grid = figure.subplots(len(cutouts), 2, squeeze=False)
-    for axes_of_cutout, cutout in zip(grid, cutouts):
-        for axes, key in zip(axes_of_cutout, ('val_acc', 'tta_val_acc')):
-            epochs, curves = curves_of(records, key, cutout)
-            for flip, colour, aside in zip(FLIPS, COLOURS, (0.98, 1, 1.02)):
-                x = aside * np.array(epochs)
-                points = np.array([mean_and_interval(errors) for errors in curves[flip].T])
-                axes.errorbar(x, *points.T, fmt='o', color=colour, label=flip, capsize=3)
-            x = np.geomspace(min(epochs), max(epochs), 100)
-            law = power_law(x, *fit_power_law(epochs, curves['random'].mean(0)))
-            axes.plot(x, law, color=COLOURS[1], linewidth=1, label='power law of random')
-            title = 'with TTA' if key == 'tta_val_acc' else 'without TTA'
-            axes.set(xlabel='epochs', ylabel='test error (%)', xscale='log', title=title)
-            axes.set_xticks(epochs, epochs)
-            axes.minorticks_off()
-    grid[0, 0].legend(frameon=False)
+def draw_curves(records, settings, stem):
+    """Figure 5: error against epochs, here with intervals, and in the paper (Table 6)."""
+    cutouts = settings['cutouts']
+    figure = new_figure(10, 3.8 * len(cutouts))
+    grid = figure.subplots(len(cutouts), 4, squeeze=False)
+    for cutout, axes_of_cutout in zip(cutouts, grid):
+        for key, axes, axes_of_paper in zip(KINDS, axes_of_cutout, axes_of_cutout[2:]):
+            has_tta = key == 'tta_val_acc'
+            ours = curves_of(records, key, settings['epochs'], cutout)
+            draw_errors(axes, settings['epochs'], ours, 'here')
+            of_paper = [PUBLISHED[epochs, cutout, has_tta] for epochs in PAPER['epochs']]
+            theirs = {flip: 100 - np.array([row]) for flip, row in zip(FLIPS, zip(*of_paper))}
+            draw_errors(axes_of_paper, PAPER['epochs'], theirs, 'paper')
+            for each in (axes, axes_of_paper):
+                each.set_xlabel(f'epochs, cutout {cutout},\n{KINDS[key]}')
+        axes_of_cutout[0].set_ylabel('test error (%)')
+    handles = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc='outside upper center', ncols=4)
     save_both(figure, stem)
+
+
+def draw_errors(axes, epochs, curves, title):
+    """A panel with each flip's errors (seeds, epochs), and the power law of random flip."""
+    for flip, colour, aside in zip(FLIPS, COLOURS, (0.98, 1, 1.02)):
+        means, halves = zip(*[mean_and_interval(errors) for errors in curves[flip].T])
+        halves = np.nan_to_num(halves)  # of one value
+        at = aside * np.array(epochs)
+        axes.errorbar(at, means, halves, fmt='o', color=colour, label=flip, capsize=3)
+    x = np.geomspace(min(epochs), max(epochs), 100)
+    law = power_law(x, *fit_power_law(epochs, curves['random'].mean(0)))
+    axes.plot(x, law, color=COLOURS[1], linewidth=1, label='power law of random')
+    axes.set(xscale='log', title=title)
+    axes.set_xticks(epochs, epochs)
+    axes.minorticks_off()
 
 
 def draw_strip(stem, seed=1, epochs=6):
@@ -342,11 +340,12 @@ def draw_strip(stem, seed=1, epochs=6):
 
 
 def show(config, records, folder):
-    records = whole_seeds(records, plan(config['settings'], []), folder)
-    print_table(records)
-    print_reshuffling(records)
-    print_published(config['settings']['net'])
-    draw_curves(records, folder / 'flip')
+    settings = config['settings']
+    records = whole_seeds(records, plan(settings, []), folder)
+    print_flips(records, settings)
+    print_reshuffling(records, settings)
+    print_published(settings['net'])
+    draw_curves(records, settings, folder / 'flip')
     draw_strip(folder / 'strip')
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from lab.errors import Parser, UserError, report_errors
-from lab.summary import new_figure, read_log
-from studies.common import COLOURS, save_both
+from lab.summary import read_log
+from studies.show import COLOURS, new_figure, print_table, save_both
 
 # (name, accuracy with TTA in percent, PFLOP) of CIFAR-10 trainings.
 PAPER = [  # Jordan 2024, abstract
@@ -55,40 +55,47 @@ def points_of(logs):
     return points
 
 
-def print_table(groups, line):
-    print(f'{"":34}{"accuracy":>9}{"PFLOP":>8}   error / error on the line')
+def print_points(groups, line):
+    rows, number = [], 0
     for title, points in groups.items():
-        print(title)
+        rows.append([title, '', '', '', ''])
         for name, accuracy, pflop in points:
+            number += 1
             ratio = (100 - accuracy) / error_on_line(line, pflop)
-            print(f'  {name:32}{accuracy:8.2f}%{pflop:8.3g}   {ratio:.3f}')
+            row = [f'  {name}', str(number), f'{accuracy:.2f}%', f'{pflop:.3g}', f'{ratio:.3f}']
+            rows.append(row)
+    print_table(['', 'number', 'accuracy', 'PFLOP', 'error / error on the line'], rows)
     print(f'\nthe line: error = {10 ** line[1]:.2f}% * PFLOP^{line[0]:.3f}')
 
 
-def draw(groups, line, out):
-    figure = new_figure(8, 5)
+def draw_points(groups, line, stem):
+    """Draw the points with their numbers, and a list of their names."""
+    figure = new_figure(10, 5.5)
     axes = figure.subplots()
     x = np.geomspace(0.1, 40, 50)
     axes.plot(x, error_on_line(line, x), color='grey', linewidth=1, label="the paper's line")
+    number = 0
     for (title, points), colour, marker in zip(groups.items(), COLOURS, 'so^'):
         names, accuracies, pflop = zip(*points)
         errors = 100 - np.array(accuracies)
-        axes.scatter(pflop, errors, color=colour, marker=marker, label=title, zorder=2)
-        # Ours are next to those that they come from, so their names go to the other side.
-        style = {'ha': 'left', 'va': 'bottom'}
-        if title == OURS:
-            style = {'ha': 'right', 'va': 'top'}
-        for name, place in zip(names, zip(pflop, errors)):
-            style |= {'fontsize': 'small', 'rotation': 35, 'rotation_mode': 'anchor'}
-            offset = (4, 4) if title != OURS else (-4, -4)
-            axes.annotate(name, place, offset, textcoords='offset points', color=colour, **style)
+        numbers = range(number + 1, number + len(points) + 1)
+        number += len(points)
+        listed = '\n'.join(f'{i}  {name}' for i, name in zip(numbers, names))
+        label = f'{title}\n{listed}'
+        axes.scatter(pflop, errors, color=colour, marker=marker, label=label, zorder=2)
+        # Ours are next to those that they come from, so their numbers go to the other side.
+        offset = (0, -20) if title == OURS else (0, 8)
+        for i, place in zip(numbers, zip(pflop, errors)):
+            options = {'textcoords': 'offset points', 'ha': 'center', 'color': colour}
+            axes.annotate(str(i), place, offset, **options)
     axes.set(xscale='log', yscale='log', xlabel='PFLOP of a run', ylabel='test error, with TTA (%)')
     axes.set(xlim=(0.06, 120), ylim=(3, 8))
     ticks = [3, 4, 5, 6, 7, 8]
     axes.set_yticks(ticks, ticks)
+    axes.xaxis.set_major_formatter('{x:g}')
     axes.minorticks_off()
-    axes.legend(frameon=False, loc='upper right')
-    save_both(figure, Path(out))
+    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5))
+    save_both(figure, stem)
 
 
 OURS = 'measured here'
@@ -103,8 +110,8 @@ def frontier(argv):
     if args.logs:
         groups[OURS] = points_of([read_log(Path(path)) for path in args.logs])
     line = fit_line(PAPER)
-    print_table(groups, line)
-    draw(groups, line, args.out)
+    print_points(groups, line)
+    draw_points(groups, line, Path(args.out))
     return 0
 
 

@@ -27,21 +27,10 @@ import torch
 
 import swap94
 from lab.errors import UserError
-from lab.runs import write_tensors
-from lab.summary import new_figure
-from studies.common import (
-    COLOURS,
-    Study,
-    first_images,
-    in_cell,
-    mean_text,
-    paired_p,
-    read_networks,
-    run_study,
-    save_both,
-)
+from studies.common import Stage, Study, check_complete, first_images, in_cell, in_stages, run_study
 from studies.curves import barrier, values_of
 from studies.plane import Plane, draw_plane
+from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
 from studies.swap import ALONE, FUNCTIONS, hyp_of, loader_of, scales, train_swap
 
 SCALES = scales(
@@ -57,58 +46,60 @@ SEGMENTS = {'same start': ('SGD1', 'SGD2'), 'other start': ('SGD1', 'OTHER')}
 KINDS = {'train_acc': 'training images', 'val_acc': 'test images'}
 GIVEN = ('A', 'B', 'C')
 
-#### Networks ######################################################################################
+#### What to train #################################################################################
 
 
-def train_networks(place, hyp, seed):
-    """{name: state dict} of LB, three workers, SWAP, and a worker from other initial weights."""
-    net, _, phase1, workers = train_swap(place, hyp, seed)
-    alone = hyp | {'phase2': hyp['phase2'] | {'workers': 1}}
-    _, _, _, [other] = train_swap(place, alone, 10_000 + seed)
-    found = {'LB': phase1['weights'], 'SWAP': net.state_dict(), 'OTHER': other['weights']}
-    return found | {f'SGD{i}': worker['weights'] for i, worker in enumerate(workers[:3], 1)}
+def network_jobs(settings):
+    seeds = range(1 if settings['files'] else settings['runs'])
+    return [({'part': 'networks'}, seed) for seed in seeds]
 
 
-def read_or_train(place, hyp, seed):
-    """What train_networks returns, from a file if it exists."""
-    file = place.folder / 'networks' / f'{seed}.pt'
-    if not file.exists():
-        file.parent.mkdir(exist_ok=True)
-        write_tensors(file, train_networks(place, hyp, seed))
-    return read_networks(file, 'delete it, and it will be made again')
+def planes_of(settings):
+    return {'given': GIVEN} if settings['files'] else PLANES
+
+
+def plane_jobs(settings):
+    """The planes of seed 0: the points of a grid."""
+    places = range(settings['grid'])
+    parts = planes_of(settings)
+    return [({'part': part, 'x': x, 'y': y}, 0) for part in parts for x in places for y in places]
+
+
+def segment_jobs(settings):
+    if settings['files']:
+        return []
+    cells = [{'part': part, 'x': x} for part in SEGMENTS for x in range(settings['segment'])]
+    return [(cell, seed) for cell in cells for seed in range(settings['runs'])]
 
 
 class Networks:
-    """The networks of a seed, or those that the user gave, as vectors of weights.
-
-    vectors: {name: (parameters,)}. Raises UserError if the networks don't fit together.
-    """
+    """The networks of a seed, as vectors of weights, and what we measure them with."""
 
     def __init__(self, place, seed):
-        files = place.settings['files']
+        self.place, self.seed = place, seed
         self.hyp = hyp_of(place, 'swap')
         train_loader = first_images(loader_of(place, self.hyp), place.settings['measured'])
         self.loaders = train_loader, place.test_loader
-        if files:
-            nets = [place.load_network(file) for file in files]
-            self.net = nets[0]
-            weights = {name: net.state_dict() for name, net in zip(GIVEN, nets)}
+        if place.settings['files']:
+            self.net = place.load_network(place.settings['files'][0])
         else:
             make_net = FUNCTIONS[place.settings['net']]['make_net']
             where = {'device': place.device, 'dtype': place.dtype}
             self.net = make_net(self.hyp, place.num_classes, **where)
-            weights = read_or_train(place, self.hyp, seed)
-        self.vectors = {name: self.vector_of(state) for name, state in weights.items()}
 
-    def vector_of(self, weights):
+    def vector(self, name):
+        """A network's parameters, (parameters,). Raises UserError if it is of another kind."""
         try:
-            self.net.load_state_dict(weights)
+            self.net.load_state_dict(self.place.load_weights(name, self.seed))
         except RuntimeError as error:
             raise UserError('the networks are of different kinds; choose others') from error
         return swap94.flatten(self.net.parameters())
 
     def measure(self, vector):
-        """Accuracies from 0 to 1 of the network with these weights, with its own statistics."""
+        """Accuracies from 0 to 1 of the network with these parameters.
+
+        BatchNorm's statistics are recomputed, from full batches of training images.
+        """
         with torch.no_grad():
             swap94.unflatten(vector, list(self.net.parameters()))
         train_loader, test_loader = self.loaders
@@ -119,130 +110,129 @@ class Networks:
         }
 
 
-#### Training ######################################################################################
+def make_networks(cell, seed, place):
+    """Train the networks of a seed, or take the given ones.
 
-
-def planes_of(settings):
-    return {'given': GIVEN} if settings['files'] else PLANES
-
-
-def plan(settings, records):
-    """The networks of all seeds, and then points between those that exist."""
-    seeds = range(1 if settings['files'] else settings['runs'])
-    jobs = [({'part': 'networks'}, seed) for seed in seeds]
-    trained = {record['seed'] for record in in_cell(records, part='networks')}
-    n = settings['grid']
-    if 0 in trained:
-        for part in planes_of(settings):
-            cells = [{'part': part, 'x': x, 'y': y} for x in range(n) for y in range(n)]
-            jobs.extend((cell, 0) for cell in cells)
-    if not settings['files']:
-        for part in SEGMENTS:
-            for seed in sorted(trained):
-                places = range(settings['segment'])
-                jobs.extend(({'part': part, 'x': x}, seed) for x in places)
-    return jobs
-
-
-def describe_networks(networks, planes):
-    """{name: accuracies, and coordinates on the planes}."""
-    found = {name: networks.measure(vector) for name, vector in networks.vectors.items()}
-    for part, corners in planes.items():
-        plane = Plane([networks.vectors[corner] for corner in corners])
-        for name, vector in networks.vectors.items():
+    Returns {name: accuracies, and coordinates on the planes}.
+    """
+    if place.settings['files']:
+        nets = [place.load_network(file) for file in place.settings['files']]
+        weights = {name: net.state_dict() for name, net in zip(GIVEN, nets)}
+    else:
+        weights = train_networks(seed, place)
+    for name, of_network in weights.items():
+        place.save_weights(name, seed, of_network)
+    networks = Networks(place, seed)
+    vectors = {name: networks.vector(name) for name in weights}
+    found = {name: networks.measure(vector) for name, vector in vectors.items()}
+    for part, corners in planes_of(place.settings).items():
+        plane = Plane([vectors[corner] for corner in corners])
+        for name, vector in vectors.items():
             found[name][part] = plane.coordinates(vector)
-    return found
+    return {'networks': found}
 
 
-def train(cell, seed, place):
-    """The networks of a seed, with their accuracies and coordinates; or a point's accuracies."""
-    networks, planes = Networks(place, seed), planes_of(place.settings)
-    vectors = networks.vectors
-    part = cell['part']
-    if part == 'networks':
-        return {'networks': describe_networks(networks, planes)}
-    if part in SEGMENTS:
-        first, last = [vectors[name] for name in SEGMENTS[part]]
-        t = cell['x'] / (place.settings['segment'] - 1)
-        return {'t': t} | networks.measure(torch.lerp(first, last, t))
-    plane = Plane([vectors[name] for name in planes[part]])
+def train_networks(seed, place):
+    """{name: weights} of LB, three workers, SWAP, and a worker from other initial weights."""
+    hyp = hyp_of(place, 'swap')
+    net, _, phase1, workers = train_swap(place, hyp, seed)
+    alone = hyp | {'phase2': hyp['phase2'] | {'workers': 1}}
+    _, _, _, [other] = train_swap(place, alone, 10_000 + seed)
+    found = {'LB': phase1['weights'], 'SWAP': net.state_dict(), 'OTHER': other['weights']}
+    return found | {f'SGD{i}': worker['weights'] for i, worker in enumerate(workers[:3], 1)}
+
+
+def measure_plane(cell, seed, place):
+    """The accuracies at a point of a plane."""
+    networks = Networks(place, seed)
+    plane = Plane([networks.vector(name) for name in planes_of(place.settings)[cell['part']]])
     alphas, betas = plane.axes(place.settings['grid'])
     alpha, beta = alphas[cell['x']], betas[cell['y']]
     return {'alpha': alpha, 'beta': beta} | networks.measure(plane.point(alpha, beta))
 
 
-#### Table and pictures ############################################################################
+def measure_segment(cell, seed, place):
+    """The accuracies at a point between two networks."""
+    networks = Networks(place, seed)
+    first, last = [networks.vector(name) for name in SEGMENTS[cell['part']]]
+    t = cell['x'] / (place.settings['segment'] - 1)
+    return {'t': t} | networks.measure(torch.lerp(first, last, t))
 
 
-def segments_of(records, part):
-    """{seed: the points on its segment, from one end to the other}."""
-    segments = {}
-    for point in sorted(in_cell(records, part=part), key=itemgetter('seed', 't')):
-        segments.setdefault(point['seed'], []).append(point)
-    return segments
+plan, train = in_stages(
+    Stage(network_jobs, make_networks),
+    Stage(plane_jobs, measure_plane),
+    Stage(segment_jobs, measure_segment),
+)
+
+#### What to show ##################################################################################
+
+
+def segments_of(records, part, key):
+    """Each seed's errors in percent on its segment, from one end to the other: (seeds, points)."""
+    points = sorted(in_cell(records, part=part), key=itemgetter('seed', 't'))
+    errors = values_of(points, key)
+    return errors.reshape(len({point['seed'] for point in points}), -1)
 
 
 def print_networks(records):
     """Print the networks' accuracies, and whether SWAP is the best."""
     of_seeds = [record['networks'] for record in in_cell(records, part='networks')]
-    print(f'accuracy in %, n={len(of_seeds)}       on training images, on test images')
-    accuracies = {}
+    print(f'accuracy in %, n={len(of_seeds)}, with its 95% interval')
+    accuracies, rows = {}, []
     for name in of_seeds[0]:
-        row = f'  {name:24}'
         for key in KINDS:
             accuracies[name, key] = np.array([100 * found[name][key] for found in of_seeds])
-            row += f' {mean_text(accuracies[name, key], "5.2f"):>17}'
-        print(row)
+        rows.append([name, *(mean_text(accuracies[name, key], '.2f') for key in KINDS)])
+    print_table(['network', *KINDS.values()], rows)
     if 'SWAP' in of_seeds[0] and len(of_seeds) > 1:
         ours = accuracies['SWAP', 'val_acc']
         for name in ('LB', 'SGD1', 'SGD2', 'SGD3'):
             p = paired_p(ours, accuracies[name, 'val_acc'])
-            print(f'  SWAP better than {name} on test images: one-sided p={p:.2g}')
+            print(f'SWAP better than {name} on test images: one-sided p={p:.2g}')
 
 
 def print_barriers(records):
-    for key, what in KINDS.items():
-        barriers = []
-        for part in SEGMENTS:
-            segments = segments_of(records, part).values()
-            barriers.append([barrier(values_of(points, key)) for points in segments])
-            text = mean_text(barriers[-1], '5.2f')
-            print(f'barrier of {part} on {what}: {text:>14} percentage points')
-        same, other = barriers
+    print('\nbarrier in percentage points, with its 95% interval')
+    barriers, rows = {}, []
+    for part in SEGMENTS:
+        for key in KINDS:
+            errors = segments_of(records, part, key)
+            barriers[part, key] = np.array([barrier(values) for values in errors])
+        rows.append([part, *(mean_text(barriers[part, key], '.2f') for key in KINDS)])
+    print_table(['segment', *KINDS.values()], rows)
+    for key, kind in KINDS.items():
+        same, other = [barriers[part, key] for part in SEGMENTS]
         if len(same) > 1:
-            p = paired_p(other, same)
-            print(f'  barrier lower from the same start: one-sided p={p:.2g}')
+            print(f'lower from the same start, {kind}: one-sided p={paired_p(other, same):.2g}')
 
 
 def draw_segments(records, stem):
-    figure = new_figure(9, 3.4)
-    for axes, (key, what) in zip(figure.subplots(1, 2), KINDS.items()):
+    figure = new_figure(9, 4)
+    for axes, (key, kind) in zip(figure.subplots(1, 2), KINDS.items()):
         for part, colour in zip(SEGMENTS, COLOURS):
-            for seed, points in segments_of(records, part).items():
-                label = part if seed == 0 else None
-                places = [point['t'] for point in points]
-                axes.plot(places, values_of(points, key), color=colour, label=label)
-        axes.set(xlabel='place on the segment', ylabel='error (%)', ylim=(0, None), title=what)
-    figure.axes[0].legend(frameon=False)
+            errors = segments_of(records, part, key)
+            places = np.linspace(0, 1, errors.shape[1])
+            lines = axes.plot(places, errors.T, color=colour)
+            lines[0].set_label(part)
+        axes.set(xlabel='place on the segment', ylabel='error (%)', ylim=(0, None), title=kind)
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, loc='outside upper center', ncols=2)
     save_both(figure, stem)
 
 
 def show(config, records, folder):
     settings = config['settings']
-    jobs = plan(settings, records)
-    if len(records) < len(jobs):
-        missing = len(jobs) - len(records)
-        raise UserError(f'{folder}: {missing} points are missing; the same command again goes on')
+    check_complete(records, plan(settings, records), folder)
     print_networks(records)
     if not settings['files']:
         print_barriers(records)
+        draw_segments(records, folder / 'segments')
     networks = in_cell(records, part='networks')[0]['networks']
     for part, corners in planes_of(settings).items():
         names = dict.fromkeys([*corners, *({'SWAP'} & networks.keys())])
         marks = {name: networks[name][part] for name in names}
         draw_plane(in_cell(records, part=part), marks, folder / f'plane-{part}')
-    if not settings['files']:
-        draw_segments(records, folder / 'segments')
 
 
 STUDY = Study('landscape', __doc__, SCALES, plan, train, show, files=GIVEN)

@@ -7,8 +7,7 @@ import numpy as np
 from matplotlib.colors import BoundaryNorm
 
 from lab.errors import UserError
-from lab.summary import new_figure
-from studies.common import save_both
+from studies.show import new_figure, save_both
 
 LABEL = {'boxstyle': 'round,pad=0.1', 'facecolor': 'white', 'alpha': 0.7, 'edgecolor': 'none'}
 MARGIN = 0.4  # around the networks, as a share of the larger of their two extents
@@ -50,18 +49,10 @@ class Plane:
         return np.linspace(low - margin, high + margin, n).T
 
 
-def draw_marks(axes, marks, marker):
-    """Draw a marker at each of {name: place}, and its name."""
-    style = {'color': 'white', 'markeredgecolor': 'black', 'clip_on': False}
-    for name, place in marks.items():
-        axes.plot(*place, marker, **style)
-        axes.annotate(name, place, xytext=(5, 5), textcoords='offset points', bbox=LABEL)
-
-
 def draw_plane(points, marks, stem, path=()):
     """Draw contours of the error on training and test images, and where the networks are.
 
-    On test images, a star marks the point with the smallest error, and says how large it is.
+    On test images, a star marks the point with the smallest error, which is in the title.
 
     Args:
         points: records with 'alpha', 'beta', 'train_acc' and 'val_acc', on a grid.
@@ -70,7 +61,7 @@ def draw_plane(points, marks, stem, path=()):
     """
     alphas, betas = [sorted({point[axis] for point in points}) for axis in ('alpha', 'beta')]
     best = max(points, key=itemgetter('val_acc'))
-    best_mark = {f'BEST, {100 * (1 - best["val_acc"]):.1f}%': (best['alpha'], best['beta'])}
+    style = {'color': 'white', 'markeredgecolor': 'black', 'clip_on': False}
     figure = new_figure(9, 1.7 + 3.8 * np.ptp(betas) / np.ptp(alphas))
     for axes, key in zip(figure.subplots(1, 2), ('train_acc', 'val_acc')):
         errors = np.empty((len(betas), len(alphas)))
@@ -84,9 +75,12 @@ def draw_plane(points, marks, stem, path=()):
         figure.colorbar(contours, location='bottom', format='%.1f', label='error (%)')
         for place in path:
             axes.plot(*place, '.', color='black')
-        draw_marks(axes, marks, 'o')
+        for name, place in marks.items():
+            axes.plot(*place, 'o', **style)
+            axes.annotate(name, place, xytext=(5, 5), textcoords='offset points', bbox=LABEL)
+        axes.set(xlabel='distance along u', ylabel='distance along v', aspect='equal')
+        axes.set_title('training images')
         if key == 'val_acc':
-            draw_marks(axes, best_mark, '*')
-        axes.set(xlabel='along u', ylabel='along v', aspect='equal')
-        axes.set_title('training images' if key == 'train_acc' else 'test images')
+            axes.plot(best['alpha'], best['beta'], '*', markersize=12, **style)
+            axes.set_title(f'test images (star: {100 * (1 - best["val_acc"]):.1f}%)')
     save_both(figure, stem)

@@ -25,8 +25,8 @@ from operator import itemgetter
 import numpy as np
 
 import swap94
-from lab.summary import new_figure
-from studies.common import COLOURS, Study, mean_text, paired_p, run_study, save_both
+from studies.common import Study, run_study
+from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
 from studies.swap import ALONE, hyp_of, loader_of, measure, scales, train_phase1, train_worker
 
 SCALES = scales(
@@ -38,8 +38,7 @@ SCALES = scales(
     }
 )
 
-
-#### Training ######################################################################################
+#### What to train #################################################################################
 
 
 def plan(settings, records):
@@ -112,20 +111,21 @@ def train(cell, seed, place):
     return record | {'steps': points, 'learning_rates': rates}
 
 
-#### Table and picture #############################################################################
+#### What to show ##################################################################################
 
 
-def print_table(records):
+def print_accuracies(records):
     """Print accuracies in phase 2, and whether the average is better than every worker."""
     of_seed = len(records[0]['workers'])
     print(f'test accuracy in % in phase 2, n={len(records)} seeds with {of_seed} workers each')
-    print('  step   workers (mean)      best of them        their average')
     averages = 100 * np.array([record['average'] for record in records])
     workers = 100 * np.array([record['workers'] for record in records])  # (seeds, workers, steps)
     best = workers.max(1)
+    rows = []
     for i, step in enumerate(records[0]['steps']['phase2']):
         values = workers.mean(1)[:, i], best[:, i], averages[:, i]
-        print(f'  {step:4}' + ''.join(f'   {mean_text(value, "5.2f"):17}' for value in values))
+        rows.append([str(step), *(mean_text(value, '.2f') for value in values)])
+    print_table(['step', 'workers (mean)', 'best of them', 'their average'], rows)
     later = slice(1, None)  # the workers begin at the same point
     wins = (averages > best)[:, later]
     print(f'the average is better than every worker at {wins.sum()} of {wins.size} steps;')
@@ -135,9 +135,9 @@ def print_table(records):
     print('the paper (section 3): "consistently better than each individual model"')
 
 
-def draw(record, stem):
+def draw_accuracies(record, stem):
     """Draw the accuracies of a seed, and the learning rates below."""
-    figure = new_figure(8, 5)
+    figure = new_figure(8, 5.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     begin = record['steps']['phase1'][-1]
     later = [begin + step for step in record['steps']['phase2']]
@@ -151,11 +151,11 @@ def draw(record, stem):
     )
     # The first steps are far below all that we want to see.
     upper.set(ylabel='test accuracy (%)', ylim=(phase1[len(phase1) // 2 :].min() - 1, None))
-    upper.legend(frameon=False, loc='lower right')
+    upper.legend(loc='lower right')
     for first, phase in ((0, 'phase1'), (begin, 'phase2')):
         rates = record['learning_rates'][phase]
         lower.plot(range(first, first + len(rates)), rates, color='black')
-    lower.set(xlabel='step', ylabel='learning rate', ylim=(0, None))
+    lower.set(xlabel='step', ylabel='learning\nrate', ylim=(0, None))
     for axes in (upper, lower):
         axes.axvline(begin, color='grey', linestyle=':')
     save_both(figure, stem)
@@ -163,8 +163,8 @@ def draw(record, stem):
 
 def show(config, records, folder):
     records = sorted(records, key=itemgetter('seed'))
-    print_table(records)
-    draw(records[0], folder / 'progress')
+    print_accuracies(records)
+    draw_accuracies(records[0], folder / 'progress')
 
 
 STUDY = Study('progress', __doc__, SCALES, plan, train, show)

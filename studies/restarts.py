@@ -28,23 +28,10 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR
 
 import airbench94
 from studies import curves, sgd
-from studies.common import (
-    COLOURS,
-    Stage,
-    Study,
-    by_seed,
-    check_complete,
-    in_cell,
-    in_stages,
-    mean_text,
-    new_figure,
-    paired_p,
-    print_table,
-    run_study,
-    save_both,
-)
+from studies.common import Stage, Study, by_seed, check_complete, in_cell, in_stages, run_study
 from studies.networks import NETS, make_network
 from studies.plane import Plane, draw_plane
+from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
 from studies.similarity import compared_images, draw_matrices, noise_floors, observe, similarities
 
 PAPER = {

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from lab.errors import UserError
-from studies.common import new_figure, save_both
+from studies.show import new_figure, save_both
 
 IMAGES_PER_DIRECTION = 2  # at least: with fewer images, even noise is similar to noise
 DRAWS = 2  # of noise

@@ -19,8 +19,9 @@ import sys
 import numpy as np
 
 from studies import sgd
-from studies.common import Study, mean_text, print_table, run_study
+from studies.common import Study, run_study
 from studies.networks import NETS, describe, make_network
+from studies.show import mean_text, print_table
 from studies.similarity import compared_images, draw_matrices, noise_floors, observe, similarities
 
 PAPER = {

@@ -30,18 +30,8 @@ from torch.optim.swa_utils import AveragedModel
 import swap94
 from lab.flops import flop_of_steps
 from lab.options import override
-from lab.summary import new_figure
-from studies.common import (
-    COLOURS,
-    Study,
-    by_seed,
-    in_cell,
-    mean_and_interval,
-    paired_p,
-    run_study,
-    save_both,
-    whole_seeds,
-)
+from studies.common import Study, by_seed, in_cell, run_study, whole_seeds
+from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
 from studies.swap import (
     METHODS,
     assignments_of,
@@ -76,7 +66,8 @@ WAYS = {
     'swap-longer': Way('swap', has_large_cycles=False, is_parallel=True, cycles=2, length=2),
 }
 
-# On CIFAR-100: accuracy in % and its standard deviation, before and after averaging, and seconds.
+# Table 4, on CIFAR-100: accuracy in % and its standard deviation, before and after averaging; and
+# seconds.
 PUBLISHED = {
     'large-batch-swa': (76.06, 0.25, 76.00, 0.31, 376),
     'large-then-small-swa': (76.26, 0.35, 78.12, 0.14, 398),
@@ -86,7 +77,7 @@ PUBLISHED = {
 }
 
 
-#### Training ######################################################################################
+#### What to train #################################################################################
 
 
 def plan(settings, records):
@@ -151,7 +142,7 @@ def train(cell, seed, place):
     }
 
 
-#### Table and picture #############################################################################
+#### What to show ##################################################################################
 
 
 def accuracies_of(records, way):
@@ -162,28 +153,28 @@ def accuracies_of(records, way):
     return before, after
 
 
-def print_table(records):
+def print_ways(records):
     n = len(in_cell(records, way='swap'))
     print(f'accuracy in %, n={n}, with its standard deviation; one-sided p that averaging helps')
-    print(f'{"":52}  of the paper, CIFAR-100, 8 V100s:')
-    print(f'{"":20}  before averaging  after        p seconds   PFLOP', end='')
-    print('   before averaging  after     seconds')
-    for way, (before, spread, after, spread_after, seconds) in PUBLISHED.items():
-        singles, averages = accuracies_of(records, way)
-        row = f'{way:20}'
+    print('the paper: CIFAR-100, 8 V100s')
+    titles = ['', 'before averaging', 'after', 'p', 'seconds', 'PFLOP']
+    titles += ['paper: before averaging', 'after', 'seconds']
+    rows = []
+    for way, (before, deviation, after, deviation_after, seconds) in PUBLISHED.items():
+        row, (singles, averages) = [way], accuracies_of(records, way)
         for values in (singles, averages):
-            row += f' {values.mean():7.2f} +-{values.std(ddof=1):5.2f}'
-        p = paired_p(averages, singles)
-        keys = ('training_seconds', 'pflop')
-        costs = [np.mean([r[key] for r in in_cell(records, way=way)]) for key in keys]
-        row += f' {p:8.2g} {costs[0]:7.1f} {costs[1]:7.2g}'
-        row += f'   {before:6.2f} +-{spread:.2f} {after:6.2f} +-{spread_after:.2f} {seconds:7}'
-        print(row)
+            row.append(f'{values.mean():.2f} +-{values.std(ddof=1):.2f}')
+        row.append(f'{paired_p(averages, singles):.2g}')
+        for key, form in (('training_seconds', '.1f'), ('pflop', '.2g')):
+            row.append(f'{np.mean([record[key] for record in in_cell(records, way=way)]):{form}}')
+        row += [f'{before:.2f} +-{deviation:.2f}', f'{after:.2f} +-{deviation_after:.2f}']
+        rows.append([*row, str(seconds)])
+    print_table(titles, rows)
     ours = accuracies_of(records, 'swap')[1]
     print('\nSWAP over SWA, after averaging, with 95% interval:')
     for way in list(WAYS)[:3]:
-        gain, half = mean_and_interval(ours - accuracies_of(records, way)[1])
-        print(f'  {way:20} {gain:+6.2f} +-{half:5.2f}')
+        gain = mean_text(ours - accuracies_of(records, way)[1], '+.2f')
+        print(f'  {way:20} {gain}')
 
 
 def rates(hyp, cycles):
@@ -199,38 +190,40 @@ def rates(hyp, cycles):
     return epochs, values
 
 
-def draw(config, records, num_classes, stem):
-    """Draw Figure 6's learning rates, and the accuracies before and after averaging."""
-    figure = new_figure(9, 4.5)
-    left, right = figure.subfigures(1, 2)
+def draw_ways(config, records, num_classes, stem):
+    """Figure 6's learning rates, and accuracies before and after averaging: ours, the paper's."""
+    figure = new_figure(12, 5.5)
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 3))
     of_rates = left.subplots(len(WAYS), 1, sharex=True)
-    axes = right.subplots()
+    ours, theirs = right.subplots(1, 2, sharey=True)
     hyps = {
         method: override(swap94.hyp, assignments_of(config['settings'], method, num_classes))
         for method in METHODS
     }
     for i, (name, way) in enumerate(WAYS.items()):
-        hyp = with_cycles(hyps, way)
+        hyp, colour = with_cycles(hyps, way), COLOURS[i]
         _, cycles = chains(way, hyp['phase2']['workers'])
-        of_rates[i].plot(*rates(hyp, cycles), color=COLOURS[i])
+        of_rates[i].plot(*rates(hyp, cycles), color=colour)
         of_rates[i].set_ylim(0, None)
-        before, after = accuracies_of(records, name)
-        row = np.full(len(before), i)
-        axes.plot(before, row, 'o', color=COLOURS[i], markerfacecolor='white')
-        axes.plot(after, row, 'o', color=COLOURS[i])
+        before, deviation, after, deviation_after, _ = PUBLISHED[name]
+        theirs.errorbar(before, i, 0, deviation, fmt='o', color=colour, markerfacecolor='white')
+        theirs.errorbar(after, i, 0, deviation_after, fmt='o', color=colour)
+        singles, averages = accuracies_of(records, name)
+        ours.plot(singles, np.full(len(singles), i), 'o', color=colour, markerfacecolor='white')
+        ours.plot(averages, np.full(len(averages), i), 'o', color=colour)
     of_rates[-1].set_xlabel('epochs')
-    left.suptitle('learning rate')
-    axes.set_yticks(range(len(WAYS)), WAYS)
-    axes.set_ylim(len(WAYS) - 0.5, -0.5)
-    axes.set_xlabel('test accuracy without TTA (%)')
-    right.suptitle('before averaging (empty) and after')
+    left.supylabel('learning rate')
+    ours.set_yticks(range(len(WAYS)), WAYS)
+    ours.set(ylim=(len(WAYS) - 0.5, -0.5), title='here')
+    theirs.set(title='paper (CIFAR-100)')
+    right.supxlabel('test accuracy without TTA (%), before averaging (empty) and after')
     save_both(figure, stem)
 
 
 def show(config, records, folder):
     records = whole_seeds(records, plan(config['settings'], []), folder, least=2)
-    print_table(records)
-    draw(config, records, config['data']['classes'], folder / 'swa')
+    print_ways(records)
+    draw_ways(config, records, config['data']['classes'], folder / 'swa')
 
 
 STUDY = Study('swa', __doc__, SCALES, plan, train, show)

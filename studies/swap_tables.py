@@ -10,7 +10,8 @@ Tables 1 and 2, with the settings of Tables 5 and 6.
 paper's: DAWNBench's ResNet-9, trained with SGD, Nesterov's momentum, cutout, and the batches,
 epochs and learning rates of Table 5, or of Table 6 for 100 classes. Where the paper does not say
 what it did, we use cutout of 8 pixels, shifts of up to 4, alternating flip, and learning rates that
-rise to their peak and fall to 0 linearly.
+rise to their peak and fall to 0 linearly. Phase 2 begins without momentum, and BatchNorm's
+statistics come from full batches only.
 
 Accuracies are without test-time augmentation. Operations and all-reduces are those of the slowest
 of 8 ranks that share phase 1's batches and train a worker each. The seconds are those of one
@@ -27,32 +28,24 @@ import numpy as np
 
 import swap94
 from lab.flops import swap_costs
-from lab.summary import new_figure
-from studies.common import (
-    COLOURS,
-    Study,
-    by_seed,
-    in_cell,
-    mean_and_interval,
-    paired_p,
-    run_study,
-    save_both,
-    whole_seeds,
-)
+from studies.common import Study, by_seed, in_cell, run_study, whole_seeds
+from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
 from studies.swap import FUNCTIONS, check_finished, hyp_of, loader_of, recipe_of, scales
 
 SCALES = scales({'paper': {'runs': 10}, 'small': {'runs': 6}, 'smoke': {'runs': 2}})
 METHODS = ['small-batch', 'large-batch', 'swap']
 ROWS = ['small-batch', 'large-batch', 'SWAP, before averaging', 'SWAP, after averaging']
+COSTS = {'training_seconds': '.1f', 'pflop': '.2g', 'all_reduces': '.0f'}
 
-# {number of classes: (accuracy in %, its standard deviation, seconds on 8 V100s) of each row}
+# Tables 1 and 2. {number of classes: (accuracy in %, its standard deviation, seconds on 8 V100s) of
+# each row}
 PUBLISHED = {
     10: [(95.24, 0.09, 254), (94.77, 0.23, 133), (94.70, 0.20, 168), (95.23, 0.08, 169)],
     100: [(77.01, 0.25, 574), (75.84, 0.35, 116), (75.74, 0.15, 123), (78.18, 0.21, 125)],
 }
 
 
-#### Training ######################################################################################
+#### What to train #################################################################################
 
 
 def plan(settings, records):
@@ -81,74 +74,68 @@ def train(cell, seed, place):
     }
 
 
-#### Table and picture #############################################################################
+#### What to show ##################################################################################
 
 
 def accuracies_of(records):
     """{row: accuracies in percent, by seed}. Those before averaging are means of the workers'."""
-    found = {}
-    for method, row in zip(METHODS, [*ROWS[:2], ROWS[3]]):
-        of_method = by_seed(records, method=method)
-        found[row] = np.array([100 * record['val_acc'] for record in of_method])
-    found[ROWS[2]] = np.array([100 * np.mean(record['workers']) for record in of_method])
-    return found
+    small, large, swap = [by_seed(records, method=method) for method in METHODS]
+    groups = [[record['val_acc'] for record in of_method] for of_method in (small, large)]
+    groups.append([np.mean(record['workers']) for record in swap])
+    groups.append([record['val_acc'] for record in swap])
+    return {row: 100 * np.array(group) for row, group in zip(ROWS, groups)}
 
 
-def costs_of(records):
-    """{row: (seconds, PFLOP, all-reduces)}, means over the seeds."""
-    found = {}
-    for method, row in zip(METHODS, [*ROWS[:2], ROWS[3]]):
-        keys = ('training_seconds', 'pflop', 'all_reduces')
-        of_method = in_cell(records, method=method)
-        found[row] = [np.mean([record[key] for record in of_method]) for key in keys]
-    return found
-
-
-def print_table(accuracies, costs, published):
+def print_methods(records, accuracies, published):
+    """Print accuracies and what the methods cost. published: as in PUBLISHED, or None."""
     n = len(accuracies[ROWS[0]])
-    about = f'accuracy in %, n={n}, with its standard deviation'
-    print(f'{about:72} of the paper, on 8 V100s:')
-    columns = f'{"accuracy":>14} {"seconds":>12} {"PFLOP":>9} {"all-reduces":>11}'
-    print(f'{"":22} {columns} {"accuracy":>17} {"seconds":>8}')
-    for i, row in enumerate(ROWS):
-        values = accuracies[row]
-        line = f'{row:22} {values.mean():6.2f} +-{values.std(ddof=1):5.2f}'
-        if row in costs:
-            seconds, pflop, all_reduces = costs[row]
-            line += f' {seconds:12.1f} {pflop:9.2g} {all_reduces:11.0f}'
+    print(f'accuracy in %, n={n}, with its standard deviation; the paper on 8 V100s')
+    titles = ['', 'accuracy', 'seconds', 'PFLOP', 'all-reduces', 'paper: accuracy', 'seconds']
+    with_costs = {ROWS[0]: 'small-batch', ROWS[1]: 'large-batch', ROWS[3]: 'swap'}
+    rows = []
+    for i, (name, values) in enumerate(accuracies.items()):
+        row = [name, f'{values.mean():.2f} +-{values.std(ddof=1):.2f}']
+        of_method = in_cell(records, method=with_costs.get(name))
+        for key, form in COSTS.items():
+            costs = [record[key] for record in of_method]
+            row.append(f'{np.mean(costs):{form}}' if costs else '')
         if published:
             accuracy, deviation, seconds = published[i]
-            line = f'{line:72} {accuracy:9.2f} +-{deviation:5.2f} {seconds:8}'
-        print(line)
+            row += [f'{accuracy:.2f} +-{deviation:.2f}', str(seconds)]
+        rows.append(row)
+    print_table(titles if published else titles[:5], rows)
     ours = accuracies[ROWS[3]]
-    print(
-        '\nSWAP after averaging over the others, with 95% interval; one-sided p that it is better:'
-    )
+    others = 'SWAP after averaging over the others'
+    print(f'\n{others}, with 95% interval; one-sided p that it is better:')
     for row in (ROWS[2], ROWS[1], ROWS[0]):
-        gain, half = mean_and_interval(ours - accuracies[row])
-        p = paired_p(ours, accuracies[row])
-        print(f'  {row:22} {gain:+6.2f} +-{half:5.2f}, p={p:.2g}')
+        gain, p = mean_text(ours - accuracies[row], '+.2f'), paired_p(ours, accuracies[row])
+        print(f'  {row:22} {gain}, p={p:.2g}')
 
 
-def draw(accuracies, stem):
-    """Every network of every row, and their means."""
-    figure = new_figure(8, 2.6)
-    axes = figure.subplots()
-    for i, (row, colour) in enumerate(zip(ROWS, COLOURS)):
-        values = accuracies[row]
-        axes.plot(values, np.full(len(values), i), 'o', color=colour, alpha=0.5)
-        axes.plot([values.mean()], [i], '|', color='black', markersize=24)
-    axes.set_yticks(range(len(ROWS)), ROWS)
-    axes.set_ylim(len(ROWS) - 0.5, -0.5)
-    axes.set_xlabel('test accuracy without TTA (%); the line is the mean')
+def draw_methods(accuracies, published, stem):
+    """Every network of every row, and their means; and the paper's means and deviations."""
+    figure = new_figure(10, 3.4)
+    ours, theirs = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    for i, (values, colour) in enumerate(zip(accuracies.values(), COLOURS)):
+        ours.plot(values, np.full(len(values), i), 'o', color=colour, alpha=0.5)
+        ours.plot([values.mean()], [i], '|', color='black', markersize=24)
+        if published:
+            accuracy, deviation, _ = published[i]
+            theirs.errorbar(accuracy, i, xerr=deviation, fmt='o', color=colour, capsize=3)
+    ours.set_yticks(range(len(ROWS)), ROWS)
+    ours.set(ylim=(len(ROWS) - 0.5, -0.5), title='here')
+    theirs.set(title='paper')
+    ours.set_xlabel('test accuracy without TTA (%);\nthe line is the mean')
+    theirs.set_xlabel('mean and\nstandard deviation (%)')
     save_both(figure, stem)
 
 
 def show(config, records, folder):
     records = whole_seeds(records, plan(config['settings'], []), folder, least=2)
     accuracies = accuracies_of(records)
-    print_table(accuracies, costs_of(records), PUBLISHED.get(config['data']['classes']))
-    draw(accuracies, folder / 'swap_tables')
+    published = PUBLISHED.get(config['data']['classes'])
+    print_methods(records, accuracies, published)
+    draw_methods(accuracies, published, folder / 'swap_tables')
 
 
 STUDY = Study('swap_tables', __doc__, SCALES, plan, train, show)

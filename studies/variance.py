@@ -37,37 +37,34 @@ from lab.data import check_whole
 from lab.errors import UserError
 from lab.networks import tta_level
 from lab.runs import write_atomically
-from lab.summary import new_figure
-from studies.common import COLOURS, Study, cell_file, in_cell, run_study, save_both
+from studies.common import Study, cell_file, in_cell, run_study
+from studies.show import COLOURS, new_figure, print_table, save_both
 
-SCALES = {
-    'paper': {
-        'hyp': [],
-        'images': None,  # of the training set: all
-        'widths': [64, 256, 256],
-        'epochs': 9.9,
-        'runs': 10_000,
-    },
-    'small': {
-        'hyp': ['opt.batch_size=100', 'net.tta_level=1'],
-        'images': 5000,
-        'widths': [8, 32, 64],
-        'epochs': 4,
-        'runs': 16,
-    },
-    'smoke': {
-        'hyp': ['opt.batch_size=50', 'net.tta_level=1'],
-        'images': 200,
-        'widths': [8, 32, 64],
-        'epochs': 1,
-        'runs': 2,
-    },
+PAPER = {
+    'hyp': [],
+    'images': None,  # of the training set: all
+    'widths': [64, 256, 256],
+    'epochs': 9.9,
+    'runs': 10_000,
 }
+SMALL = {
+    'hyp': ['opt.batch_size=100', 'net.tta_level=1'],
+    'images': 5000,
+    'widths': [8, 32, 64],
+    'epochs': 4,
+    'runs': 16,
+}
+SMOKE = SMALL | {
+    'hyp': ['opt.batch_size=50', 'net.tta_level=1'],
+    'images': 200,
+    'epochs': 1,
+    'runs': 2,
+}
+SCALES = {'paper': PAPER, 'small': SMALL, 'smoke': SMOKE}
 
 BINS = 15  # for the calibration error
-# Factors of (epochs, width).
-CELLS = [(1, 1), (2, 1), (1.5, 1.5)]
-KINDS = ('plain', 'tta')  # of logits: without and with test-time augmentation
+CELLS = [(1, 1), (2, 1), (1.5, 1.5)]  # factors of (epochs, width)
+KINDS = {'plain': 'without TTA', 'tta': 'with TTA'}  # of logits
 
 # Table 4, n=10,000: (accuracy, test-set and distribution-wise deviation in percent, CACE)
 PUBLISHED = {
@@ -80,7 +77,7 @@ PUBLISHED = {
 }
 
 
-#### Training ######################################################################################
+#### What to train #################################################################################
 
 
 def plan(settings, records):
@@ -182,7 +179,7 @@ def runs_needed(effect, deviation, p=0.05):
     return math.ceil((scipy.stats.norm.isf(p) * deviation / effect) ** 2)
 
 
-#### Table and pictures ############################################################################
+#### What to show ##################################################################################
 
 
 def read_arrays(file, way_out):
@@ -237,35 +234,40 @@ def describe(records, votes, labels, kind):
     }
 
 
-def print_table(described):
-    print('                                    standard deviation in %:            of the paper:')
-    print('epochs width  TTA     n  accuracy   test set (95%)  distribution  CACE', end='')
-    print('   accuracy test set distribution   CACE')
-    for kind in KINDS:
-        for cell, rows in described.items():
-            print_row(cell, kind, rows[kind])
-
-
-def print_row(cell, kind, row):
-    n, deviation, variance = len(row['accuracies']), row['deviation'], row['distribution']
-    low, high = deviation * np.sqrt((n - 1) / scipy.stats.chi2.ppf([0.975, 0.025], n - 1))
-    distribution = f'{variance**0.5:.3f}' if variance > 0 else 'below 0'
-    epochs, width = cell
-    print(f'{epochs:5}x {width:4}x {"no" if kind == "plain" else "yes":>4} {n:5}', end=' ')
-    print(f'{row["accuracies"].mean():8.2f}%', end='  ')
-    print(f'{deviation:5.3f} ({low:.2f}-{high:.2f}) {distribution:>10}', end=' ')
-    print(f'{row["calibration"]:9.4f}', end=' ')
-    accuracy, test_set, of_distribution, calibration = PUBLISHED[epochs, width, kind]
-    print(f'{accuracy:9.2f}% {test_set:8.3f} {of_distribution:12.3f} {calibration:8.4f}')
+def print_cells(described):
+    print('standard deviation of the accuracy in percentage points; of the paper in brackets')
+    titles = ['', 'n', 'accuracy', 'on the test set (95%)', 'of the distribution', 'CACE']
+    rows = []
+    for kind, kind_text in KINDS.items():
+        for (epochs, width), of_kinds in described.items():
+            row, published = of_kinds[kind], PUBLISHED[epochs, width, kind]
+            n, deviation, variance = len(row['accuracies']), row['deviation'], row['distribution']
+            ends = np.sqrt((n - 1) / scipy.stats.chi2.ppf([0.975, 0.025], n - 1))
+            low, high = deviation * ends
+            distribution = f'{variance**0.5:.3f}' if variance > 0 else 'below 0'
+            rows.append(
+                [
+                    f'{epochs}x epochs, {width}x width, {kind_text}',
+                    str(n),
+                    f'{row["accuracies"].mean():.2f}% [{published[0]:.2f}%]',
+                    f'{deviation:.3f} ({low:.2f}-{high:.2f}) [{published[1]:.3f}]',
+                    f'{distribution} [{published[2]:.3f}]',
+                    f'{row["calibration"]:.4f} [{published[3]:.4f}]',
+                ]
+            )
+    print_table(titles, rows)
 
 
 def print_tests(described, labels):
     print('\nTTA, one-sided p that it lowers the deviation, and that it raises the CACE:')
-    for (epochs, width), rows in described.items():
-        plain, tta = rows['plain'], rows['tta']
+    rows = []
+    for (epochs, width), of_kinds in described.items():
+        plain, tta = of_kinds['plain'], of_kinds['tta']
         of_deviation = p_of_deviation(plain['accuracies'], tta['accuracies'])
         of_calibration = p_of_calibration(tta['shares'], plain['shares'], labels)
-        print(f'{epochs:5}x {width:4}x {of_deviation:8.2g} {of_calibration:8.2g}')
+        name = f'{epochs}x epochs, {width}x width'
+        rows.append([name, f'{of_deviation:.2g}', f'{of_calibration:.2g}'])
+    print_table(['', 'deviation', 'CACE'], rows)
 
 
 def print_runs_needed(deviation):
@@ -275,21 +277,27 @@ def print_runs_needed(deviation):
 
 
 def draw_histograms(described, stem):
-    """Figure 6: the accuracies, and the normal distribution with their mean and deviation."""
-    figure = new_figure(9, 3.2)
-    for axes, kind in zip(figure.subplots(1, 2), KINDS):
-        for ((epochs, width), rows), colour in zip(described.items(), COLOURS):
+    """Figure 6: our accuracies, and normal distributions with our and the paper's deviations."""
+    figure = new_figure(10, 6)
+    grid = figure.subplots(2, 2)
+    for kind, (ours, theirs) in zip(KINDS, grid.T):
+        for ((epochs, width), of_kinds), colour in zip(described.items(), COLOURS):
+            accuracies, deviation = of_kinds[kind]['accuracies'], of_kinds[kind]['deviation']
+            ours.hist(accuracies, 'auto', density=True, alpha=0.5, color=colour)
             label = f'{epochs}x epochs, {width}x width'
-            accuracies, deviation = rows[kind]['accuracies'], rows[kind]['deviation']
-            axes.hist(accuracies, 'auto', density=True, alpha=0.5, color=colour, label=label)
-            x = accuracies.mean() + deviation * np.linspace(-4, 4, 200)
-            normal = scipy.stats.norm(accuracies.mean(), deviation)
-            axes.plot(x, normal.pdf(x), color=colour, linewidth=1)
-        axes.set(xlabel='test accuracy (%)', title='without TTA' if kind == 'plain' else 'with TTA')
-        axes.set_yticks([])
-    figure.axes[0].set_ylabel('share of the runs')
-    figure.axes[0].legend(frameon=False, fontsize='small')
+            draw_normal(ours, accuracies.mean(), deviation, color=colour, label=label)
+            draw_normal(theirs, *PUBLISHED[epochs, width, kind][:2], color=colour)
+        ours.set(title=f'here, {KINDS[kind]}', yticks=[])
+        theirs.set(title=f'paper, {KINDS[kind]}, n=10,000', yticks=[], xlabel='test accuracy (%)')
+    figure.supylabel('share of the runs')
+    handles = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc='outside upper center', ncols=3)
     save_both(figure, stem)
+
+
+def draw_normal(axes, mean, deviation, **style):
+    x = mean + deviation * np.linspace(-4, 4, 200)
+    axes.plot(x, scipy.stats.norm(mean, deviation).pdf(x), linewidth=1.5, **style)
 
 
 def show(config, records, folder):
@@ -307,7 +315,7 @@ def show(config, records, folder):
         described[cell] = {
             kind: describe(networks, votes[f'{cell} {kind}'], labels, kind) for kind in KINDS
         }
-    print_table(described)
+    print_cells(described)
     print_tests(described, labels)
     print_runs_needed(next(iter(described.values()))['plain']['deviation'])
     draw_histograms(described, folder / 'variance')

@@ -26,19 +26,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import airbench94
 from studies import sgd
-from studies.common import (
-    COLOURS,
-    Study,
-    by_seed,
-    mean_text,
-    new_figure,
-    paired_p,
-    print_table,
-    run_study,
-    save_both,
-    whole_seeds,
-)
+from studies.common import Study, by_seed, run_study, whole_seeds
 from studies.networks import describe, make_network
+from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
 from studies.similarity import (
     compared_images,
     draw_matrices,

@@ -22,7 +22,7 @@ import airbench96
 from lab.data import load_set
 from lab.errors import UserError
 from lab.runs import read_json, write_json, write_tensors
-from studies import ablation, common, datasets, flip, frontier, variance
+from studies import ablation, common, datasets, flip, frontier, show, variance
 
 FEW = {'device': 'cpu', 'dtype': torch.float32}
 
@@ -91,7 +91,7 @@ def test_speedups_have_intervals():
     low, high = flip.speedup_intervals(epochs, random, faster)
     assert found == pytest.approx(0.3, abs=0.05)
     assert (low < found).all() and (found < high).all() and (high - low < 0.2).all()
-    assert common.paired_p(random[:, 0], faster[:, 0]) < 1e-6
+    assert show.paired_p(random[:, 0], faster[:, 0]) < 1e-6
 
 
 def test_flip_trains_every_recipe(make_place, monkeypatch):
@@ -407,7 +407,7 @@ def test_a_stage_begins_when_the_one_before_it_is_complete():
 
 
 def test_a_table_has_columns(capsys):
-    common.print_table(['way', 'n', 'error'], [['by hand', '3', '1.25'], ['-', '12', '0.5']])
+    show.print_table(['way', 'n', 'error'], [['by hand', '3', '1.25'], ['-', '12', '0.5']])
     assert capsys.readouterr().out.splitlines() == [
         'way       n  error', 'by hand   3   1.25', '-        12    0.5',
     ]  # fmt: skip
@@ -426,11 +426,11 @@ def test_pairs_are_of_seeds_that_every_cell_has():
 @pytest.mark.filterwarnings('error')
 def test_a_paired_p_is_that_of_students_test():
     larger = np.array([1.0, 2.0, 4.0])
-    assert common.paired_p(larger, 0) == pytest.approx(0.5 - 7**0.5 / 6)  # t is the root of 7
-    assert common.paired_p(0, larger) == pytest.approx(0.5 + 7**0.5 / 6)
-    assert common.paired_p(larger + 0.1, larger) == 0
-    assert common.paired_p(larger, larger) == 1
-    assert np.isnan(common.paired_p([1.0], [0.0]))
+    assert show.paired_p(larger, 0) == pytest.approx(0.5 - 7**0.5 / 6)  # t is the root of 7
+    assert show.paired_p(0, larger) == pytest.approx(0.5 + 7**0.5 / 6)
+    assert show.paired_p(larger + 0.1, larger) == 0
+    assert show.paired_p(larger, larger) == 1
+    assert np.isnan(show.paired_p([1.0], [0.0]))
 
 
 def figures(record):

@@ -14,7 +14,18 @@ from lab.data import load_set
 from lab.errors import UserError
 from lab.networks import save_network
 from lab.options import override
-from studies import common, cosine, landscape, networks, plane, progress, swa, swap, swap_tables
+from studies import (
+    common,
+    cosine,
+    curves,
+    landscape,
+    networks,
+    plane,
+    progress,
+    swa,
+    swap,
+    swap_tables,
+)
 
 CPU = {'device': 'cpu', 'dtype': torch.float32}
 
@@ -174,7 +185,7 @@ def test_the_table_tells_before_and_after_averaging(capsys):
     accuracies = swap_tables.accuracies_of(records)
     assert accuracies['SWAP, before averaging'] == pytest.approx([88, 87.95, 87.8])
     assert accuracies['SWAP, after averaging'] == pytest.approx([92, 93, 96])
-    swap_tables.print_table(accuracies, swap_tables.costs_of(records), swap_tables.PUBLISHED[10])
+    swap_tables.print_methods(records, accuracies, swap_tables.PUBLISHED[10])
     output = capsys.readouterr().out
     assert '93.67' in output and '95.23' in output and '+5.75' in output
 
@@ -208,7 +219,7 @@ def test_weights_are_copied_before_their_step():
 
 def test_the_table_says_how_often_the_average_is_best(capsys):
     cell = {'steps': {'phase2': [0, 5, 9]}, 'workers': [[0.5, 0.6, 0.7], [0.5, 0.62, 0.68]]}
-    progress.print_table([cell | {'average': [0.5, 0.61, 0.72]}])
+    progress.print_accuracies([cell | {'average': [0.5, 0.61, 0.72]}])
     output = capsys.readouterr().out
     assert 'better than every worker at 1 of 2 steps' in output
     assert '69.00' in output and '70.00' in output and '72.00' in output and 'nan' not in output
@@ -301,13 +312,14 @@ def test_networks_on_a_line_span_no_plane(third):
 
 
 def test_a_barrier_is_above_both_ends():
-    assert landscape.barrier([5.0, 9.0, 7.0]) == 2
-    assert landscape.barrier([5.0, 6.0, 7.0]) == 0
+    assert curves.barrier([5.0, 9.0, 7.0]) == 2
+    assert curves.barrier([5.0, 6.0, 7.0]) == 0
 
 
 def test_a_point_has_its_own_statistics(place):
+    landscape.make_networks({'part': 'networks'}, 0, place)
     found = landscape.Networks(place, 0)
-    middle = torch.lerp(found.vectors['SGD1'], found.vectors['OTHER'], 0.5)
+    middle = torch.lerp(found.vector('SGD1'), found.vector('OTHER'), 0.5)
     found.measure(middle)
     ours = {name: value.clone() for name, value in found.net.named_buffers()}
     assert torch.equal(swap94.flatten(found.net.parameters()), middle)
