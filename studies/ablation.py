@@ -48,15 +48,7 @@ SMALL = {
     'rounds': 3,
     'runs': 3,
 }
-SMOKE = SMALL | {
-    'hyp': [*NARROW, 'opt.batch_size=50'],
-    'images': 100,
-    'target': 0.2,
-    'first': 2,
-    'rounds': 2,
-    'runs': 1,
-}
-SCALES = {'paper': PAPER, 'small': SMALL, 'smoke': SMOKE}
+SCALES = {'paper': PAPER, 'small': SMALL}
 
 # What we set where a feature is missing.
 WITHOUT = {

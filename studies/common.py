@@ -189,6 +189,12 @@ def in_stages(*stages):
     return plan, train
 
 
+def for_each_seed(cells, settings):
+    """The jobs of these cells with all seeds, seed by seed. Given networks have only seed 0."""
+    seeds = range(1 if settings.get('files') else settings['runs'])
+    return [(cell, seed) for seed in seeds for cell in cells]
+
+
 def cell_name(cell, seed):
     settings = '-'.join(f'{key}={value}' for key, value in cell.items())
     return f'{settings}-seed={seed}'
@@ -254,13 +260,9 @@ def read_networks(file, way_out):
 
 
 def in_cell(records, **settings):
-    """The records whose cell has these settings."""
-    return [r for r in records if settings.items() <= r['cell'].items()]
-
-
-def by_seed(records, **settings):
-    """The same, sorted by seed, so that we can compare pairs."""
-    return sorted(in_cell(records, **settings), key=itemgetter('seed'))
+    """The records whose cell has these settings, sorted by seed, so that we can compare pairs."""
+    found = [record for record in records if settings.items() <= record['cell'].items()]
+    return sorted(found, key=itemgetter('seed'))
 
 
 def whole_seeds(records, jobs, folder, least=1):

@@ -27,7 +27,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lab.errors import UserError
 from studies import curves, sgd
-from studies.common import Stage, Study, by_seed, check_complete, in_cell, in_stages, run_study
+from studies.common import (
+    Stage,
+    Study,
+    check_complete,
+    for_each_seed,
+    in_cell,
+    in_stages,
+    run_study,
+)
 from studies.networks import NETS, make_network
 from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
 
@@ -55,18 +63,7 @@ SMALL = PAPER | {
     'curve_epochs': [0, 10, 30],
     'points': 9,
 }
-SMOKE = SMALL | {
-    'images': 100,
-    'share': 0.0625,
-    'epochs': 1,
-    'batch_size': 20,
-    'large_batch_size': 50,
-    'lr': 0.02,
-    'curve_epochs': [0, 1],
-    'points': 3,
-    'runs': 1,
-}
-SCALES = {'paper': PAPER, 'small': SMALL, 'smoke': SMOKE}
+SCALES = {'paper': PAPER, 'small': SMALL}
 MODES = {
     'G': {},
     'A': {'large_batches': True},
@@ -79,10 +76,6 @@ MODES = {
 GIVEN = ('A', 'B')
 
 #### What to train #################################################################################
-
-
-def seeds_of(settings):
-    return range(1 if settings['files'] else settings['runs'])
 
 
 def modes_of(settings):
@@ -99,7 +92,7 @@ def pairs_of(settings):
 
 def mode_jobs(settings):
     cells = [{'part': 'mode', 'mode': mode} for mode in modes_of(settings)]
-    return [(cell, seed) for seed in seeds_of(settings) for cell in cells]
+    return for_each_seed(cells, settings)
 
 
 def curve_jobs(settings):
@@ -107,11 +100,11 @@ def curve_jobs(settings):
     cells = [
         {'part': 'curve', 'pair': pair, 'kind': kind} for pair in pairs for kind in curves.KINDS
     ]
-    return [(cell, seed) for seed in seeds_of(settings) for cell in cells]
+    return for_each_seed(cells, settings)
 
 
 def distance_jobs(settings):
-    return [({'part': 'distances'}, seed) for seed in seeds_of(settings)]
+    return for_each_seed([{'part': 'distances'}], settings)
 
 
 def make_mode(cell, seed, place):
@@ -131,7 +124,7 @@ def train_mode(mode, seed, place):
     own, settings = MODES[mode], place.settings
     batch_size = settings['large_batch_size' if own.get('large_batches') else 'batch_size']
     own_seed = 100 * seed + list(MODES).index(mode)  # each starts from other weights
-    loader, _ = sgd.loaders_of(place, batch_size, own_seed, own.get('augmented', True))
+    loader, _ = sgd.loaders_of(place, batch_size, own_seed, augmented=own.get('augmented', True))
     net = make_network(settings, loader, own_seed, own.get('variance', 2.0))
     weight_decay = own.get('weight_decay', sgd.WEIGHT_DECAY)
     optimizer = sgd.make_sgd(net, settings['lr'], weight_decay)
@@ -166,7 +159,7 @@ def make_curve(cell, seed, place):
 
     look(0)
     epochs = max(settings['curve_epochs'])
-    curves.train_curve(curve, net, loader, settings['lr'], epochs, seed, look)
+    curves.train_curve(curve, net, loader, settings['lr'], epochs, look)
     place.save_weights(f'{pair}-{cell["kind"]}', seed, curve.bend)
     return {'epochs': settings['curve_epochs'], 'curves': measured}
 
@@ -193,7 +186,7 @@ KEYS = {'train_loss': 'training loss', 'val_acc': 'test error'}
 
 def barriers_of(records, key, at, **cell):
     """The barriers of some curves, by seed, at the place `at` in their lists of epochs."""
-    found = [record['curves'][at] for record in by_seed(records, part='curve', **cell)]
+    found = [record['curves'][at] for record in in_cell(records, part='curve', **cell)]
     return np.array([curves.barrier(curves.values_of(points, key)) for points in found])
 
 
@@ -235,7 +228,7 @@ def draw_curves(records, settings, stem):
     figure = new_figure(3 * columns + 1, 2.8 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes, pair in zip(grid.flat, pairs):
-        record = by_seed(records, part='curve', pair=pair, kind='chain')[0]
+        record = in_cell(records, part='curve', pair=pair, kind='chain')[0]
         for epoch, points, colour in zip(record['epochs'], record['curves'], COLOURS):
             label = f'epoch {epoch}' if epoch else 'segment'
             axes.plot(t, curves.values_of(points, 'val_acc'), color=colour, label=label)
@@ -272,7 +265,7 @@ def show(config, records, folder):
     print_barriers(records, settings)
     draw_curves(records, settings, folder / 'curves')
     if not settings['files']:
-        draw_map(by_seed(records, part='distances')[0], folder / 'map')
+        draw_map(in_cell(records, part='distances')[0], folder / 'map')
 
 
 STUDY = Study('connectivity', __doc__, dict.fromkeys(NETS, SCALES), plan, train, show, files=GIVEN)

@@ -16,14 +16,13 @@ small trains narrow networks on a tenth of the images.
 """
 
 import sys
-from operator import itemgetter
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import swap94
-from studies.common import Study, run_study
+from studies.common import Study, for_each_seed, in_cell, run_study
 from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
 from studies.swap import hyp_of, measure, scales, train_swap, train_worker
 
@@ -32,7 +31,6 @@ SCALES = scales(
         'paper': {'runs': 3, 'watched': None},
         'full': {'runs': 1, 'watched': 3},  # of the workers
         'small': {'runs': 5, 'watched': None},
-        'smoke': {'runs': 2, 'watched': None},
     }
 )
 
@@ -40,7 +38,7 @@ SCALES = scales(
 
 
 def plan(settings, records):
-    return [({'method': 'swap'}, seed) for seed in range(settings['runs'])]
+    return for_each_seed([{'method': 'swap'}], settings)
 
 
 def watched(target, cosines):
@@ -119,7 +117,7 @@ def draw_cosines(records, stem):
 
 
 def show(config, records, folder):
-    records = sorted(records, key=itemgetter('seed'))
+    records = in_cell(records)
     print_cosines(records)
     draw_cosines(records, folder / 'cosine')
 

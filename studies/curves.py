@@ -74,13 +74,13 @@ def new_curve(first, last, net, kind='chain'):
     return Curve(first, last, bend, kind)
 
 
-def train_curve(curve, net, loader, lr, epochs, seed, on_epoch=None):
+def train_curve(curve, net, loader, lr, epochs, on_epoch=None):
     """Lower the curve's expected loss, over t ~ U(0, 1), with SGD on its bend.
 
     The learning rate is constant for half of the epochs, and then falls to a hundredth within 0.4
     of them, as in Garipov et al. `net` is any network of the curve's kind.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(loader.seed)
     bend = [p for p in curve.bend.values() if p.requires_grad]
     steps = epochs * len(loader)
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import airbench96
-from studies.common import Study, in_cell, run_study
+from studies.common import Study, for_each_seed, in_cell, run_study
 from studies.show import COLOURS, mean_text, new_figure, print_table, save_both
 
 NARROW = ['net.widths.block1=16', 'net.widths.block2=32', 'net.widths.block3=64']
@@ -29,12 +29,7 @@ SMALL = {
     'images': 5000,
     'runs': 3,
 }
-SMOKE = {
-    'hyp': [*NARROW, 'opt.train_epochs=1', 'opt.batch_size=50', 'net.tta_level=1'],
-    'images': 200,
-    'runs': 1,
-}
-SCALES = {'paper': PAPER, 'small': SMALL, 'smoke': SMOKE}
+SCALES = {'paper': PAPER, 'small': SMALL}
 CUTOUTS = (0, 12)  # pixels
 
 # Table 5, in percent: (set, cutout): (ResNet-18 without TTA, from the literature; airbench96)
@@ -55,7 +50,7 @@ PUBLISHED = {
 
 def plan(settings, records):
     cells = [{'cutout': cutout} for cutout in CUTOUTS]
-    return [(cell, seed) for seed in range(settings['runs']) for cell in cells]
+    return for_each_seed(cells, settings)
 
 
 def train(cell, seed, place):

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 import airbench94
 from studies import sgd
-from studies.common import Study, by_seed, run_study, whole_seeds
+from studies.common import Study, for_each_seed, in_cell, run_study, whole_seeds
 from studies.networks import NETS, describe, make_network, make_student
 from studies.show import (
     COLOURS,
@@ -62,17 +62,7 @@ SMALL = PAPER | {
     'epochs': 20,
     'runs': 6,
 }
-SMOKE = SMALL | {
-    'images': 100,
-    'compared': 200,
-    'share': 0.0625,
-    'batch_size': 20,
-    'lr': 0.02,
-    'teacher_epochs': 1,
-    'epochs': 1,
-    'runs': 2,
-}
-SCALES = {'paper': PAPER, 'small': SMALL, 'smoke': SMOKE}
+SCALES = {'paper': PAPER, 'small': SMALL}
 STUDENTS = {'labels': 'student on labels', 'teacher': 'student on the teacher'}
 PUBLISHED = {'labels': 83.01, 'teacher': 85.18}  # section 5: best accuracy of 5 students, in %
 CONVOLUTIONS = 2  # the first layers of the student; the others are linear
@@ -81,7 +71,7 @@ CONVOLUTIONS = 2  # the first layers of the student; the others are linear
 
 
 def plan(settings, records):
-    return [({'part': 'students'}, seed) for seed in range(settings['runs'])]
+    return for_each_seed([{'part': 'students'}], settings)
 
 
 def distillation(teacher, temperature):
@@ -182,7 +172,7 @@ def draw_gains(gains, noise, stem):
 
 def show(config, records, folder):
     settings = config['settings']
-    records = by_seed(whole_seeds(records, plan(settings, []), folder, least=2))
+    records = in_cell(whole_seeds(records, plan(settings, []), folder, least=2))
     print_accuracies(records, settings)
     gains, noise = gains_of(records)
     print_gains(gains, noise)

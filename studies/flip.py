@@ -28,7 +28,7 @@ import airbench94
 import airbench95
 import airbench96
 from lab.options import override
-from studies.common import Study, by_seed, run_study, whole_seeds
+from studies.common import Study, in_cell, run_study, whole_seeds
 from studies.show import (
     COLOURS,
     mean_and_interval,
@@ -56,8 +56,7 @@ SMALL = {
     'cutouts': [0],
     'runs': 12,
 }
-SMOKE = SMALL | {'images': 200, 'epochs': [1, 2, 3], 'runs': 1}
-SCALES = {'paper': PAPER, 'small': SMALL, 'smoke': SMOKE}
+SCALES = {'paper': PAPER, 'small': SMALL}
 
 # Table 6: mean accuracy of airbench94 in percent, n=400, with each of FLIPS.
 # (epochs, cutout, whether with TTA)
@@ -208,7 +207,7 @@ KINDS = {'val_acc': 'without TTA', 'tta_val_acc': 'with TTA'}
 
 def errors_of(records, key, **cell):
     """The errors of a cell's networks in percent, sorted by seed."""
-    return np.array([100 * (1 - record[key]) for record in by_seed(records, **cell)])
+    return np.array([100 * (1 - record[key]) for record in in_cell(records, **cell)])
 
 
 def curves_of(records, key, epochs, cutout):

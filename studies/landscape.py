@@ -27,7 +27,16 @@ import torch
 
 import swap94
 from lab.errors import UserError
-from studies.common import Stage, Study, check_complete, first_images, in_cell, in_stages, run_study
+from studies.common import (
+    Stage,
+    Study,
+    check_complete,
+    first_images,
+    for_each_seed,
+    in_cell,
+    in_stages,
+    run_study,
+)
 from studies.curves import barrier, values_of
 from studies.plane import Plane, draw_plane
 from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
@@ -38,7 +47,6 @@ SCALES = scales(
         'paper': {'runs': 10, 'grid': 31, 'segment': 21, 'measured': None},
         'full': {'runs': 1, 'grid': 15, 'segment': 11, 'measured': 10_000},  # training images
         'small': {'runs': 5, 'grid': 9, 'segment': 9, 'measured': None},
-        'smoke': {'runs': 2, 'grid': 2, 'segment': 3, 'measured': None},
     }
 )
 PLANES = {'phases': ('LB', 'SGD1', 'SWAP'), 'workers': ('SGD1', 'SGD2', 'SGD3')}
@@ -50,8 +58,7 @@ GIVEN = ('A', 'B', 'C')
 
 
 def network_jobs(settings):
-    seeds = range(1 if settings['files'] else settings['runs'])
-    return [({'part': 'networks'}, seed) for seed in seeds]
+    return for_each_seed([{'part': 'networks'}], settings)
 
 
 def planes_of(settings):
@@ -69,7 +76,7 @@ def segment_jobs(settings):
     if settings['files']:
         return []
     cells = [{'part': part, 'x': x} for part in SEGMENTS for x in range(settings['segment'])]
-    return [(cell, seed) for cell in cells for seed in range(settings['runs'])]
+    return for_each_seed(cells, settings)
 
 
 class Networks:

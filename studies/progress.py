@@ -20,12 +20,11 @@ of the images.
 import copy
 import itertools
 import sys
-from operator import itemgetter
 
 import numpy as np
 
 import swap94
-from studies.common import Study, run_study
+from studies.common import Study, for_each_seed, in_cell, run_study
 from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
 from studies.swap import ALONE, hyp_of, loader_of, measure, scales, train_phase1, train_worker
 
@@ -34,7 +33,6 @@ SCALES = scales(
         'paper': {'runs': 3, 'points': 16},  # in each phase
         'full': {'runs': 1, 'points': 9},
         'small': {'runs': 5, 'points': 9},
-        'smoke': {'runs': 2, 'points': 3},
     }
 )
 
@@ -42,7 +40,7 @@ SCALES = scales(
 
 
 def plan(settings, records):
-    return [({'method': 'swap'}, seed) for seed in range(settings['runs'])]
+    return for_each_seed([{'method': 'swap'}], settings)
 
 
 def total_steps(place, hyp, phase):
@@ -162,7 +160,7 @@ def draw_accuracies(record, stem):
 
 
 def show(config, records, folder):
-    records = sorted(records, key=itemgetter('seed'))
+    records = in_cell(records)
     print_accuracies(records)
     draw_accuracies(records[0], folder / 'progress')
 

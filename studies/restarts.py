@@ -28,7 +28,15 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR
 
 import airbench94
 from studies import curves, sgd
-from studies.common import Stage, Study, by_seed, check_complete, in_cell, in_stages, run_study
+from studies.common import (
+    Stage,
+    Study,
+    check_complete,
+    for_each_seed,
+    in_cell,
+    in_stages,
+    run_study,
+)
 from studies.networks import NETS, make_network
 from studies.plane import Plane, draw_plane
 from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
@@ -67,24 +75,7 @@ SMALL = PAPER | {
     'grid': 9,
     'runs': 6,
 }
-SMOKE = SMALL | {
-    'images': 100,
-    'augmented': True,
-    'compared': 200,
-    'share': 0.0625,
-    'batch_size': 50,
-    'lr': 0.02,
-    'first_period': 1,
-    'drops': [1, 2],
-    'pairs': {'sgdr': [[1, 2], [1, 3]], 'steps': [[1, 3]]},
-    'alike': [[1, 3]],
-    'iterates_every': 1,
-    'curve_epochs': 1,
-    'points': 3,
-    'grid': 2,
-    'runs': 1,
-}
-SCALES = {'paper': PAPER, 'small': SMALL, 'smoke': SMOKE}
+SCALES = {'paper': PAPER, 'small': SMALL}
 SCHEDULES = {'sgdr': 'SGDR', 'steps': 'step decay'}
 
 #### What to train #################################################################################
@@ -92,7 +83,7 @@ SCHEDULES = {'sgdr': 'SGDR', 'steps': 'step decay'}
 
 def training_jobs(settings):
     cells = [{'part': 'training', 'schedule': schedule} for schedule in SCHEDULES]
-    return [(cell, seed) for seed in range(settings['runs']) for cell in cells]
+    return for_each_seed(cells, settings)
 
 
 def curve_jobs(settings):
@@ -100,12 +91,12 @@ def curve_jobs(settings):
     for schedule in SCHEDULES:
         for first, last in settings['pairs'][schedule]:
             cells.append({'part': 'curve', 'schedule': schedule, 'first': first, 'last': last})
-    return [(cell, seed) for seed in range(settings['runs']) for cell in cells]
+    return for_each_seed(cells, settings)
 
 
 def alike_jobs(settings):
     cells = [{'part': 'alike', 'first': first, 'last': last} for first, last in settings['alike']]
-    return [(cell, seed) for seed in range(settings['runs']) for cell in cells]
+    return for_each_seed(cells, settings)
 
 
 def plane_jobs(settings):
@@ -135,7 +126,7 @@ def make_scheduler(schedule, optimizer, settings, steps):
 def start(seed, place):
     """(loaders of training and test images, an untrained network)."""
     settings = place.settings
-    loaders = sgd.loaders_of(place, settings['batch_size'], seed, settings['augmented'])
+    loaders = sgd.loaders_of(place, settings['batch_size'], seed, augmented=settings['augmented'])
     return loaders, make_network(settings, loaders[0], seed)
 
 
@@ -166,7 +157,7 @@ def make_curve(cell, seed, place):
     names = [f'{cell["schedule"]}-{cell[end]}' for end in ('first', 'last')]
     curve = curves.new_curve(*[place.load_weights(name, seed) for name in names], net)
     segment = curves.measure_curve(curve, net, loaders, settings['points'])
-    curves.train_curve(curve, net, loaders[0], settings['lr'], settings['curve_epochs'], seed)
+    curves.train_curve(curve, net, loaders[0], settings['lr'], settings['curve_epochs'])
     place.save_weights('-'.join(names), seed, curve.bend)
     trained = curves.measure_curve(curve, net, loaders, settings['points'])
     return {'segment': segment, 'curve': trained}
@@ -215,7 +206,7 @@ plan, train = in_stages(
 
 def barriers_of(records, way, **cell):
     """The barriers of training loss on segments or curves, by seed. way: 'segment' or 'curve'."""
-    found = [record[way] for record in by_seed(records, part='curve', **cell)]
+    found = [record[way] for record in in_cell(records, part='curve', **cell)]
     return np.array([curves.barrier(curves.values_of(points, 'train_loss')) for points in found])
 
 
@@ -248,11 +239,11 @@ def draw_ways(records, settings, stem):
     left, *others = figure.subplots(1, 3)
     t = np.linspace(0, 1, settings['points'])
     for (schedule, name), axes, colour in zip(SCHEDULES.items(), others, COLOURS):
-        training = by_seed(records, part='training', schedule=schedule)[0]
+        training = in_cell(records, part='training', schedule=schedule)[0]
         left.plot(100 * np.array(training['val_acc']), color=colour, label=name)
         for (first, last), of_pair in zip(settings['pairs'][schedule], COLOURS[2:]):
             ends = {'schedule': schedule, 'first': first, 'last': last}
-            record = by_seed(records, part='curve', **ends)[0]
+            record = in_cell(records, part='curve', **ends)[0]
             segment, curve = [
                 curves.values_of(record[way], 'train_loss') for way in ('segment', 'curve')
             ]

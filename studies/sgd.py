@@ -15,7 +15,7 @@ from studies.common import first_images
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 
 
-def loaders_of(place, batch_size, seed=0, augmented=True):
+def loaders_of(place, batch_size, seed=0, *, augmented=True):
     """Loaders with as many training images as the scale has, and with as many test images.
 
     Augmented images are shifted by up to 4 pixels and mirrored. Digits are not mirrored.

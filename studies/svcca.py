@@ -19,7 +19,7 @@ import sys
 import numpy as np
 
 from studies import sgd
-from studies.common import Study, run_study
+from studies.common import Study, for_each_seed, run_study
 from studies.networks import NETS, describe, make_network
 from studies.show import mean_text, print_table
 from studies.similarity import compared_images, draw_matrices, noise_floors, observe, similarities
@@ -43,16 +43,7 @@ SMALL = PAPER | {
     'lr': 0.01,
     'runs': 4,
 }
-SMOKE = SMALL | {
-    'images': 100,
-    'compared': 200,
-    'share': 0.0625,
-    'epochs': 1,
-    'batch_size': 20,
-    'lr': 0.02,
-    'runs': 1,
-}
-SCALES = {'paper': PAPER, 'small': SMALL, 'smoke': SMOKE}
+SCALES = {'paper': PAPER, 'small': SMALL}
 GIVEN = ('A', 'B')
 
 #### What to train #################################################################################
@@ -60,8 +51,7 @@ GIVEN = ('A', 'B')
 
 def plan(settings, records):
     """A pair of networks for each seed, or the given pair."""
-    seeds = range(1 if settings['files'] else settings['runs'])
-    return [({'part': 'pair'}, seed) for seed in seeds]
+    return for_each_seed([{'part': 'pair'}], settings)
 
 
 def train_network(seed, place, images):

@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 import swap94
 from lab.flops import flop_of_steps
 from lab.options import override
-from studies.common import Study, by_seed, in_cell, run_study, whole_seeds
+from studies.common import Study, for_each_seed, in_cell, run_study, whole_seeds
 from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
 from studies.swap import (
     METHODS,
@@ -44,7 +44,7 @@ from studies.swap import (
     train_worker,
 )
 
-SCALES = scales({'paper': {'runs': 10}, 'small': {'runs': 6}, 'smoke': {'runs': 2}})
+SCALES = scales({'paper': {'runs': 10}, 'small': {'runs': 6}})
 
 
 @dataclass
@@ -82,7 +82,7 @@ PUBLISHED = {
 
 def plan(settings, records):
     """Every way, seed by seed."""
-    return [({'way': way}, seed) for seed in range(settings['runs']) for way in WAYS]
+    return for_each_seed([{'way': way} for way in WAYS], settings)
 
 
 def with_cycles(hyps, way):
@@ -147,7 +147,7 @@ def train(cell, seed, place):
 
 def accuracies_of(records, way):
     """In percent, by seed: (the mean of the networks before averaging, that of their average)."""
-    of_way = by_seed(records, way=way)
+    of_way = in_cell(records, way=way)
     before = np.array([100 * np.mean(record['networks']) for record in of_way])
     after = np.array([100 * record['val_acc'] for record in of_way])
     return before, after

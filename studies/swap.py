@@ -94,16 +94,6 @@ AIRBENCH_SMALL = {
         *phase('phase2', 125, 1, 0.06, 3),
     ],
 }
-AIRBENCH_SMOKE = {
-    'small-batch': [*NARROW_SMALL_BATCH, *phase('phase1', 40, 1, 0.24, 2)],
-    'large-batch': [*NARROW, *phase('phase1', 80, 8, 0.27, 2), ONE_PHASE],
-    'swap': [
-        *NARROW,
-        *phase('phase1', 80, 8, 0.27, 2, end=0.3),
-        *phase('phase2', 40, 1, 0.06, 1),
-        'phase2.workers=3',
-    ],
-}
 NARROW_RESNET9 = [*SGD, 'net.widths.block1=8']
 RESNET9_SMALL = {
     'small-batch': [*NARROW_RESNET9, *phase('phase1', 125, 1, 0.1, 8, warm_up=2), ONE_PHASE],
@@ -114,29 +104,17 @@ RESNET9_SMALL = {
         *phase('phase2', 125, 1, 0.04, 3),
     ],
 }
-RESNET9_SMOKE = {
-    'small-batch': [*NARROW_RESNET9, *phase('phase1', 40, 1, 0.1, 2), ONE_PHASE],
-    'large-batch': [*NARROW_RESNET9, *phase('phase1', 80, 8, 0.2, 2), ONE_PHASE],
-    'swap': [
-        *NARROW_RESNET9,
-        *phase('phase1', 80, 8, 0.2, 2, end=0.3),
-        *phase('phase2', 40, 1, 0.04, 1),
-        'phase2.workers=3',
-    ],
-}
 
 SETTINGS = {
     'airbench': {
         'paper': {'hyp': METHODS, 'images': None},
         'full': {'hyp': METHODS, 'images': None},
         'small': {'hyp': AIRBENCH_SMALL, 'images': 5000},
-        'smoke': {'hyp': AIRBENCH_SMOKE, 'images': 160},
     },
     'resnet9': {
         'paper': {'hyp': TABLE_5, 'hyp of 100 classes': TABLE_6, 'images': None},
         'full': {'hyp': TABLE_5, 'hyp of 100 classes': TABLE_6, 'images': None},
         'small': {'hyp': RESNET9_SMALL, 'images': 5000},
-        'smoke': {'hyp': RESNET9_SMOKE, 'images': 160},
     },
 }
 

@@ -40,7 +40,8 @@ import swap94
 from lab.errors import Parser, UserError, report_errors
 from lab.flops import evaluated_images, flop_of_steps, flop_per_image
 from lab.options import override
-from lab.summary import new_figure, read_content, save_figure
+from lab.summary import read_content, save_figure
+from studies.show import new_figure, print_table
 from studies.swap import METHODS
 from studies.swap_tables import PUBLISHED, ROWS
 
@@ -130,14 +131,13 @@ def run_seconds(hyp, gpus, gpu, link):
 #### Tables and picture ############################################################################
 
 
-def print_table(link, seconds):
+def print_seconds(link, seconds):
     print(f'\n{link.name}, {1e6 * link.latency:.0f} us: seconds of a run, modelled')
-    print('method       ' + ''.join(f'{gpus:9} GPU{"s" if gpus > 1 else " "}' for gpus in GPUS))
-    for method, values in seconds.items():
-        print(f'{method:13}' + ''.join(f'{value:13.2f}' for value in values))
     # large-batch needs less than both, but it also reaches less.
     ratio = np.array(seconds['small-batch']) / seconds['swap']
-    print(f'{"small/swap":13}' + ''.join(f'{value:13.2f}' for value in ratio))
+    numbers = seconds | {'small/swap': ratio}
+    rows = [[name, *(f'{value:.2f}' for value in values)] for name, values in numbers.items()]
+    print_table(['GPUs', *map(str, GPUS)], rows)
 
 
 def read_runs(path):
@@ -173,30 +173,31 @@ def accuracy_text(accuracies):
     return f'{values.mean():.2f} +- {values.std(ddof=1):.2f}'
 
 
-def print_row(name, n, accuracies, seconds):
-    cells = [f'{text:15}' for text in accuracies] + [f'{value:22.2f}' for value in seconds]
-    print(f'{name:34} {n:4}  ' + ''.join(cells))
+def row_of(name, n, accuracies, seconds):
+    return [name, str(n), *accuracies, *(f'{value:.2f}' for value in seconds)]
 
 
 def print_table_1(paths, gpu, links):
     """Print the SWAP paper's Table 1 for some logs, and as published."""
     logs = [(path.name.removesuffix('.json'), *read_runs(path)) for path in paths]
     print(f'test accuracy in % with its std; seconds on {RANKS} GPUs: **modelled, not measured**')
-    names = ''.join(f'{link.name:>22}' for link in links)
-    print(f'{"log":34} {"n":>4}  {"without TTA":15}{"with TTA":15}{names}')
+    rows = []
     for name, hyp, runs in logs:
         if hyp['phase2']['workers'] > 0:
             before = worker_accuracies(runs)
             parts = parts_of(hyp, RANKS)[:2]
             seconds = [sum(part_seconds(part, gpu, link) for part in parts) for link in links]
-            print_row(f'{name}, workers', len(before), [accuracy_text(before), '-'], seconds)
+            accuracies = [accuracy_text(before), '-']
+            rows.append(row_of(f'{name}, workers', len(before), accuracies, seconds))
         kinds = ('val_acc', 'tta_val_acc')
         accuracies = [accuracy_text([run[kind] for run in runs]) for kind in kinds]
         seconds = [run_seconds(hyp, RANKS, gpu, link) for link in links]
-        print_row(name, len(runs), accuracies, seconds)
+        rows.append(row_of(name, len(runs), accuracies, seconds))
+    print_table(['log', 'n', 'without TTA', 'with TTA', *(link.name for link in links)], rows)
     print('\nthe paper (Table 1): ResNet-9 on 8 V100s, n=10, seconds measured')
-    for row, (mean, std, seconds) in zip(ROWS, PUBLISHED[CLASSES]):
-        print(f'{row:41}{mean:.2f} +- {std:.2f} {seconds:7} s')
+    published = zip(ROWS, PUBLISHED[CLASSES])
+    rows = [[row, f'{mean:.2f} +- {std:.2f}', str(s)] for row, (mean, std, s) in published]
+    print_table(['', 'accuracy', 'seconds'], rows)
 
 
 def draw(results, file):
@@ -262,7 +263,7 @@ def show_costs(argv):
             for method, hyp in hyps.items()
         }
         results.append((link, seconds))
-        print_table(link, seconds)
+        print_seconds(link, seconds)
     if args.plot is not None:
         draw(results, Path(args.plot))
     return 0

@@ -28,11 +28,11 @@ import numpy as np
 
 import swap94
 from lab.flops import swap_costs
-from studies.common import Study, by_seed, in_cell, run_study, whole_seeds
+from studies.common import Study, for_each_seed, in_cell, run_study, whole_seeds
 from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
 from studies.swap import FUNCTIONS, check_finished, hyp_of, loader_of, recipe_of, scales
 
-SCALES = scales({'paper': {'runs': 10}, 'small': {'runs': 6}, 'smoke': {'runs': 2}})
+SCALES = scales({'paper': {'runs': 10}, 'small': {'runs': 6}})
 METHODS = ['small-batch', 'large-batch', 'swap']
 ROWS = ['small-batch', 'large-batch', 'SWAP, before averaging', 'SWAP, after averaging']
 COSTS = {'training_seconds': '.1f', 'pflop': '.2g', 'all_reduces': '.0f'}
@@ -51,7 +51,7 @@ PUBLISHED = {
 def plan(settings, records):
     """Every method, seed by seed."""
     cells = [{'method': method} for method in METHODS]
-    return [(cell, seed) for seed in range(settings['runs']) for cell in cells]
+    return for_each_seed(cells, settings)
 
 
 def train(cell, seed, place):
@@ -79,7 +79,7 @@ def train(cell, seed, place):
 
 def accuracies_of(records):
     """{row: accuracies in percent, by seed}. Those before averaging are means of the workers'."""
-    small, large, swap = [by_seed(records, method=method) for method in METHODS]
+    small, large, swap = [in_cell(records, method=method) for method in METHODS]
     groups = [[record['val_acc'] for record in of_method] for of_method in (small, large)]
     groups.append([np.mean(record['workers']) for record in swap])
     groups.append([record['val_acc'] for record in swap])

@@ -37,7 +37,7 @@ from lab.data import check_whole
 from lab.errors import UserError
 from lab.networks import tta_level
 from lab.runs import write_atomically
-from studies.common import Study, cell_file, in_cell, run_study
+from studies.common import Study, cell_file, for_each_seed, in_cell, run_study
 from studies.show import COLOURS, new_figure, print_table, save_both
 
 PAPER = {
@@ -54,13 +54,7 @@ SMALL = {
     'epochs': 4,
     'runs': 16,
 }
-SMOKE = SMALL | {
-    'hyp': ['opt.batch_size=50', 'net.tta_level=1'],
-    'images': 200,
-    'epochs': 1,
-    'runs': 2,
-}
-SCALES = {'paper': PAPER, 'small': SMALL, 'smoke': SMOKE}
+SCALES = {'paper': PAPER, 'small': SMALL}
 
 BINS = 15  # for the calibration error
 CELLS = [(1, 1), (2, 1), (1.5, 1.5)]  # factors of (epochs, width)
@@ -83,7 +77,7 @@ PUBLISHED = {
 def plan(settings, records):
     """Table 4's cells, seed by seed."""
     cells = [{'epochs': epochs, 'width': width} for epochs, width in CELLS]
-    return [(cell, seed) for seed in range(settings['runs']) for cell in cells]
+    return for_each_seed(cells, settings)
 
 
 def logits_file(folder, cell, seed):
@@ -227,6 +221,7 @@ def describe(records, votes, labels, kind):
     right = shares[np.arange(len(labels)), labels]
     return {
         'accuracies': 100 * accuracies,
+        'mean': 100 * accuracies.mean(),
         'deviation': 100 * accuracies.std(ddof=1),
         'distribution': 1e4 * distribution_variance(accuracies, right),  # percent, squared
         'calibration': calibration_error(shares, labels),
@@ -249,7 +244,7 @@ def print_cells(described):
                 [
                     f'{epochs}x epochs, {width}x width, {kind_text}',
                     str(n),
-                    f'{row["accuracies"].mean():.2f}% [{published[0]:.2f}%]',
+                    f'{row["mean"]:.2f}% [{published[0]:.2f}%]',
                     f'{deviation:.3f} ({low:.2f}-{high:.2f}) [{published[1]:.3f}]',
                     f'{distribution} [{published[2]:.3f}]',
                     f'{row["calibration"]:.4f} [{published[3]:.4f}]',
@@ -282,10 +277,9 @@ def draw_histograms(described, stem):
     grid = figure.subplots(2, 2)
     for kind, (ours, theirs) in zip(KINDS, grid.T):
         for ((epochs, width), of_kinds), colour in zip(described.items(), COLOURS):
-            accuracies, deviation = of_kinds[kind]['accuracies'], of_kinds[kind]['deviation']
-            ours.hist(accuracies, 'auto', density=True, alpha=0.5, color=colour)
-            label = f'{epochs}x epochs, {width}x width'
-            draw_normal(ours, accuracies.mean(), deviation, color=colour, label=label)
+            row, label = of_kinds[kind], f'{epochs}x epochs, {width}x width'
+            ours.hist(row['accuracies'], 'auto', density=True, alpha=0.5, color=colour)
+            draw_normal(ours, row['mean'], row['deviation'], color=colour, label=label)
             draw_normal(theirs, *PUBLISHED[epochs, width, kind][:2], color=colour)
         ours.set(title=f'here, {KINDS[kind]}', yticks=[])
         theirs.set(title=f'paper, {KINDS[kind]}, n=10,000', yticks=[], xlabel='test accuracy (%)')

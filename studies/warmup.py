@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import airbench94
 from studies import sgd
-from studies.common import Study, by_seed, run_study, whole_seeds
+from studies.common import Study, for_each_seed, in_cell, run_study, whole_seeds
 from studies.networks import describe, make_network
 from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
 from studies.similarity import (
@@ -64,19 +64,7 @@ SMALL = PAPER | {
     'epochs': 24,
     'runs': 8,
 }
-SMOKE = SMALL | {
-    'images': 100,
-    'compared': 200,
-    'share': 0.0625,
-    'batch_size': 20,
-    'large_batch_size': 50,
-    'large_lr': 0.05,
-    'warm_up': 1,
-    'drops': [2],
-    'epochs': 2,
-    'runs': 2,
-}
-SCALES = {'paper': PAPER, 'small': SMALL, 'smoke': SMOKE}
+SCALES = {'paper': PAPER, 'small': SMALL}
 # The rates of ResNets are twice as high (Appendix 10).
 RESNET = {}
 for scale, own in SCALES.items():
@@ -94,7 +82,7 @@ TRAININGS = {
 
 def plan(settings, records):
     cells = [{'training': name} for name in TRAININGS]
-    return [(cell, seed) for seed in range(settings['runs']) for cell in cells]
+    return for_each_seed(cells, settings)
 
 
 def rate_share(settings, steps, has_warmup):
@@ -156,7 +144,7 @@ def train(cell, seed, place):
 
 def matrices_of(records, name, when='start and warm'):
     """(similarities, noise floors), each (seeds, layers, layers). In old records noise is NaN."""
-    of_name = by_seed(records, training=name)
+    of_name = in_cell(records, training=name)
     similar = np.array([record[when] for record in of_name])
     unknown = {when: np.full_like(similar[0], np.nan)}
     return similar, np.array([record.get('noise', unknown)[when] for record in of_name])
@@ -169,17 +157,17 @@ def to_the_start(records, name):
 
 def head_similarities(records, name):
     """(similarity of the head's layers to their start, noise), each in the mean of the layers."""
-    is_head = np.array(by_seed(records, training=name)[0]['is_head'])
+    is_head = np.array(in_cell(records, training=name)[0]['is_head'])
     return [of_layers[:, is_head].mean(1) for of_layers in to_the_start(records, name)]
 
 
 def accuracies_at(records, name, epoch):
     """Each seed's accuracy after an epoch, in percent."""
-    return np.array([100 * record['val_acc'][epoch] for record in by_seed(records, training=name)])
+    return np.array([100 * record['val_acc'][epoch] for record in in_cell(records, training=name)])
 
 
 def print_trainings(records, settings):
-    n = len(by_seed(records, training='lb'))
+    n = len(in_cell(records, training='lb'))
     print(f'{describe(settings)}; n={n}, with 95% intervals; accuracies in %')
     titles = ['', 'after warmup', 'at the end', 'similarity of the head to its start', 'noise']
     rows = []
@@ -208,7 +196,7 @@ def draw_trainings(records, warm_up, stem):
     figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     for (name, title), colour in zip(TRAININGS.items(), COLOURS):
-        accuracies = np.array([record['val_acc'] for record in by_seed(records, training=name)])
+        accuracies = np.array([record['val_acc'] for record in in_cell(records, training=name)])
         left.plot(100 * accuracies.mean(0), color=colour, label=title)
         similar, noise = [values.mean(0) for values in to_the_start(records, name)]
         layers = range(1, len(similar) + 1)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import smoke
 import torch
 import torch.nn.functional as F
 from sklearn.cross_decomposition import CCA
@@ -31,8 +32,7 @@ DIGITS = load_set('digits', airbench94)
 
 
 def make_place(folder, study, net):
-    smoke = study.SCALES['smoke'] | {'net': net, 'files': []}
-    return common.Place(smoke, folder, DIGITS, **CPU)
+    return common.Place(smoke.settings_of(study.STUDY.name, net), folder, DIGITS, **CPU)
 
 
 def digits(train=True, n=100):
@@ -78,6 +78,16 @@ def test_vgg_drops_inputs_of_its_first_two_linear_layers():
     kinds = [type(layer).__name__ for layer in list(net)[2:]]
     assert kinds == ['Dropout', 'Linear', 'ReLU', 'Dropout', 'Linear', 'ReLU', 'Linear']
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters()))
+
+
+def test_dropout_draws_from_the_loaders_seed():
+    trained = []
+    for _ in range(2):
+        net = networks.make_vgg(11, dropout=0.5, share=0.0625, seed=0, **CPU)
+        sgd.train_by_steps(net, digits(), 0.01, 1)
+        trained.append(net)
+    first, again = [list(net.parameters()) for net in trained]
+    assert all(torch.equal(p, q) for p, q in zip(first, again))
 
 
 def test_airbenchs_network_gets_whitened():
@@ -181,7 +191,7 @@ def test_training_a_curve_lowers_its_barrier_and_leaves_its_ends(kind):
     curve = curves.new_curve(*ends, net, kind)
     tests = digits(train=False)
     before = curves.measure_curve(curve, net, (loader, tests), 9)
-    curves.train_curve(curve, net, loader, lr=0.02, epochs=40, seed=0)
+    curves.train_curve(curve, net, loader, lr=0.02, epochs=40)
     after = curves.measure_curve(curve, net, (loader, tests), 9)
     barriers = [
         curves.barrier(curves.values_of(points, 'train_loss')) for points in (before, after)
@@ -213,19 +223,19 @@ def test_given_networks_are_joined(tmp_path, folder, capsys):
         save_network(tmp_path / f'{seed}.pt', net, airbench94, hyp, DIGITS)
     out = tmp_path / 'out'
     call = [*files, '--scale', 'smoke', '--data', 'digits', '--device', 'cpu', '--out', str(out)]
-    assert common.run_study(connectivity.STUDY, call) == 0
+    assert common.run_study(smoke.study_of('connectivity'), call) == 0
     curves = common.in_cell(common.read_cells(out), part='curve')
     assert {record['cell']['pair'] for record in curves} == {'AB'} and len(curves) == 2
-    assert common.run_study(svcca.STUDY, [*call[:-1], str(tmp_path / 'alike')]) == 0
+    assert common.run_study(smoke.study_of('svcca'), [*call[:-1], str(tmp_path / 'alike')]) == 0
     assert (tmp_path / 'alike' / 'svcca.png').stat().st_size > 10_000
     assert 'two networks  noise\n' in capsys.readouterr().out
     [record] = common.read_cells(tmp_path / 'alike')
     similar, noise = [np.array(record[key]['two networks']) for key in ('similarities', 'noise')]
     assert similar.shape == noise.shape and (noise > 0).all() and (noise < 0.5).all()
     call = ['--out', str(tmp_path / 'other'), '--data', str(folder), '--device', 'cpu', *files]
-    assert common.run_study(connectivity.STUDY, call) == 2
+    assert common.run_study(smoke.study_of('connectivity'), call) == 2
     assert 'its classes are not those of the set' in capsys.readouterr().err
-    assert common.run_study(connectivity.STUDY, call[:-1]) == 2
+    assert common.run_study(smoke.study_of('connectivity'), call[:-1]) == 2
     assert '1 networks: give all of A, B, or none' in capsys.readouterr().err
 
 
@@ -377,7 +387,7 @@ def test_too_few_images_are_refused_before_training(study, cell, tmp_path, monke
         raise AssertionError('it trains')
 
     monkeypatch.setattr(torch.optim.SGD, 'step', step)
-    place = make_place(tmp_path, study, 'vgg16-bn')
+    place = make_place(tmp_path, study, next(iter(study.STUDY.scales)))
     place.settings['compared'] = 3
     with pytest.raises(UserError, match='3 test images, too few for SVCCA'):
         study.STUDY.train(cell, 0, place)

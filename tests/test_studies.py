@@ -1,6 +1,5 @@
-"""Estimators, on data whose answer is known; and every study at smoke scale."""
+"""Estimators, on data whose answer is known; and every study with the settings of smoke.py."""
 
-import importlib
 import json
 import os
 import random
@@ -12,6 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
+import smoke
 import torch
 from conftest import ONE_THREAD, ROOT, SERVER, run_command
 from filelock import FileLock
@@ -34,10 +34,11 @@ def image_set(folder):
 
 @pytest.fixture
 def make_place(image_set, tmp_path):
-    """make(study, net=None, image_set=...) -> a Place with the study's smallest scale."""
+    """make(study, net=None, image_set=...) -> a Place with the settings of smoke.py."""
 
     def make(study, net=None, image_set=image_set):
-        return common.Place(study.SCALES['smoke'] | {'net': net}, tmp_path, image_set, **FEW)
+        settings = smoke.settings_of(study.STUDY.name, net)
+        return common.Place(settings, tmp_path, image_set, **FEW)
 
     return make
 
@@ -232,7 +233,7 @@ def test_digits_are_mirrored_neither_in_training_nor_in_tests(study, make_place,
 
     monkeypatch.setattr(common.Place, 'train', train)
     monkeypatch.setattr(airbench94, 'tta_views', look)
-    (cell, seed), *_ = study.plan(study.SCALES['smoke'], [])
+    (cell, seed), *_ = study.plan(smoke.settings_of(study.STUDY.name), [])
     place = make_place(study)
     place.folder.joinpath('cells').mkdir()
     study.train(cell, seed, place)
@@ -295,11 +296,11 @@ def test_what_a_feature_saves_has_an_interval():
 
 
 def test_the_plan_waits_for_a_rounds_networks():
-    jobs = ablation.plan(ablation.SCALES['smoke'], [])
+    jobs = ablation.plan(smoke.settings_of('ablation'), [])
     assert len(jobs) == len(ablation.variants()) == 13
     cell, seed = jobs[0]
     high = {'cell': cell, 'seed': seed, 'tta_val_acc': 0.9}
-    added = [job for job in ablation.plan(ablation.SCALES['smoke'], [high]) if job not in jobs]
+    added = [job for job in ablation.plan(smoke.settings_of('ablation'), [high]) if job not in jobs]
     assert added == [(cell | {'epochs': 1}, 0)]
 
 
@@ -351,20 +352,16 @@ PICTURES = {  # one that the study draws
 }
 
 
-def study_of(name):
-    return importlib.import_module(f'studies.{name}').STUDY
-
-
 def run_rank(name, out, rank):
-    """What RANK=rank WORLD_SIZE=2 python -m studies.NAME does, with its output in a log."""
+    """What RANK=rank WORLD_SIZE=2 python -m tests.smoke NAME does, with its output in a log."""
     os.environ.update(RANK=str(rank), WORLD_SIZE='2')
     torch.set_num_threads(1)
     with open(log_of(out, rank), 'w') as log, redirect_stdout(log), redirect_stderr(log):
-        sys.exit(common.run_study(study_of(name), smoke(out)))
+        sys.exit(common.run_study(smoke.study_of(name), smoke_call(out)))
 
 
-def smoke(out, data='digits'):
-    return ['--scale', 'smoke', '--data', str(data), '--device', 'cpu', '--out', str(out)]
+def smoke_call(out):
+    return ['--scale', 'smoke', '--data', 'digits', '--device', 'cpu', '--out', str(out)]
 
 
 def log_of(out, rank):
@@ -447,8 +444,8 @@ def show_again(study, out, capsys):
 
 @pytest.mark.parametrize('name', PICTURES)
 def test_a_study_trains_and_shows(name, tmp_path, capsys):
-    study = study_of(name)
-    assert common.run_study(study, smoke(tmp_path)) == 0
+    study = smoke.study_of(name)
+    assert common.run_study(study, smoke_call(tmp_path)) == 0
     output = capsys.readouterr().out
     records = common.read_cells(tmp_path)
     made = {common.cell_file(tmp_path, record['cell'], record['seed']) for record in records}
@@ -464,7 +461,7 @@ def test_a_study_trains_and_shows(name, tmp_path, capsys):
 
 @pytest.mark.parametrize('name', ['flip', 'connectivity'])
 def test_two_processes_finish_a_study_that_was_killed(name, tmp_path, capsys):
-    study = study_of(name)
+    study = smoke.study_of(name)
     out = tmp_path / name
     kill_after_the_first(start(name, out, 0), out)
     before = {file: file.read_bytes() for file in out.glob('cells/*.json')}
@@ -478,7 +475,7 @@ def test_two_processes_finish_a_study_that_was_killed(name, tmp_path, capsys):
     assert [process.exitcode for process in both] == [0, 0], outputs
     assert {file: file.read_bytes() for file in before} == before
     records = common.read_cells(out)
-    assert common.run_study(study, smoke(tmp_path / 'undisturbed')) == 0
+    assert common.run_study(study, smoke_call(tmp_path / 'undisturbed')) == 0
     capsys.readouterr()
     undisturbed = common.read_cells(tmp_path / 'undisturbed')
     assert [figures(record) for record in records] == [figures(record) for record in undisturbed]
@@ -496,7 +493,7 @@ def test_kept_studies_still_give_their_tables(name, tmp_path, capsys):
     kept, out = ROOT / 'logs' / 'studies' / name, tmp_path / name
     shutil.copytree(kept, out)
     config = read_json(kept / 'study.json')
-    table = show_again(study_of(config['study']), out, capsys)
+    table = show_again(smoke.study_of(config['study']), out, capsys)
     lines = [line.rstrip() for line in table.splitlines()]
     assert lines == (kept / 'table.txt').read_text().splitlines()
     for picture in kept.glob('*.png'):
@@ -521,7 +518,7 @@ def test_a_process_that_waits_says_for_whom(tmp_path, capsys, monkeypatch):
         print(records[0]['val_acc'])
 
     study = common.Study('tiny', '', {'net': {'smoke': {'images': None}}}, plan, train, show)
-    assert common.run_study(study, smoke(tmp_path)) == 0
+    assert common.run_study(study, smoke_call(tmp_path)) == 0
     [record] = (tmp_path / 'cells').iterdir()
     record.unlink()
     lock = FileLock(tmp_path / 'locks' / f'{record.stem}.lock')
@@ -532,7 +529,7 @@ def test_a_process_that_waits_says_for_whom(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(common.time, 'sleep', sleep)
     capsys.readouterr()
-    assert common.run_study(study, smoke(tmp_path)) == 0
+    assert common.run_study(study, smoke_call(tmp_path)) == 0
     out = capsys.readouterr().out
     assert 'waiting for other processes' in out and out.endswith('0.5\n')
 
@@ -541,7 +538,7 @@ def test_a_study_that_nobody_watches_is_finished(tmp_path):
     """Its output is read in part, stderr is closed, and the environment is odd."""
     odd = {'MPLBACKEND': 'module://nosuch', 'PYTHONIOENCODING': 'ascii', 'PYTHONPATH': str(ROOT)}
     out = tmp_path / 'Größe'
-    command = [sys.executable, '-OO', '-m', 'studies.flip', *smoke(out)]
+    command = [sys.executable, '-OO', '-m', 'tests.smoke', 'flip', *smoke_call(out)]
     options = {'cwd': tmp_path, 'env': ONE_THREAD | odd, 'stdout': subprocess.PIPE}
     # preexec_fn, because the module subprocess cannot start a process without a stderr.
     process = subprocess.Popen(command, preexec_fn=close_stderr, **options)
@@ -560,7 +557,7 @@ def close_stderr():
 
 def test_a_records_seed_makes_the_same_network_again(make_place):
     place = make_place(flip, 'airbench94')
-    cell, seed = flip.plan(flip.SCALES['smoke'], [])[1]
+    cell, seed = flip.plan(smoke.settings_of('flip'), [])[1]
     assert flip.train(cell, seed, place) == flip.train(cell, seed, place)
 
 
@@ -626,7 +623,7 @@ def test_a_network_that_diverges_ends_the_study(tmp_path, capsys, monkeypatch):
         return None, {'failed': 'the loss is nan at step 3'}
 
     monkeypatch.setattr(airbench94, 'train', train)
-    assert common.run_study(flip.STUDY, smoke(tmp_path)) == 2
+    assert common.run_study(smoke.study_of('flip'), smoke_call(tmp_path)) == 2
     assert 'the network of seed 0 diverges: the loss is nan' in capsys.readouterr().err
     assert not list(tmp_path.glob('cells/*.json'))
 

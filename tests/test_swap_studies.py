@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import smoke
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -38,15 +39,14 @@ def digits():
 @pytest.fixture
 def place(digits, tmp_path):
     """A place for swap94's own network, at smoke scale."""
-    settings = swap.SETTINGS['airbench']['smoke'] | {'net': 'airbench', 'files': []}
-    settings |= {'watched': None, 'measured': None, 'points': 3}
+    settings = smoke.settings_of('landscape') | {'watched': None, 'points': 3}
     return common.Place(settings, tmp_path, digits, **CPU)
 
 
 @pytest.fixture
 def resnet9(place):
     """The same for ResNet-9."""
-    settings = swap.SETTINGS['resnet9']['smoke'] | {'net': 'resnet9'}
+    settings = smoke.settings_of('landscape', 'resnet9')
     return dataclasses.replace(place, settings=settings)
 
 
@@ -80,11 +80,10 @@ def test_the_papers_settings(classes, method, phase, batch_size, lr, epochs, war
 
 def test_only_swap_has_workers():
     for of_net in swap.SETTINGS.values():
-        for scale, settings in of_net.items():
+        for settings in of_net.values():
             for method in swap.METHODS:
                 hyp = override(swap94.hyp, swap.assignments_of(settings, method, 100))
-                workers = 3 if scale == 'smoke' else 8
-                assert hyp['phase2']['workers'] == (workers if method == 'swap' else 0)
+                assert hyp['phase2']['workers'] == (8 if method == 'swap' else 0)
 
 
 def test_resnet9_is_dawnbenchs():
@@ -100,7 +99,9 @@ def test_resnet9_is_dawnbenchs():
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_resnet9_trains_in_half_precision_on_its_device(dtype):
-    hyp = swap94.phase_settings(override(swap94.hyp, swap.RESNET9_SMOKE['large-batch']), 'phase1')
+    hyp = swap94.phase_settings(
+        override(swap94.hyp, smoke.SWAP_HYP['resnet9']['large-batch']), 'phase1'
+    )
     net = networks.make_resnet9(8, device='meta', dtype=dtype)
     optimizer, _ = swap.make_sgd(net, hyp, total_steps=2)
     inputs = torch.empty(8, 3, 32, 32, device='meta', dtype=dtype)
@@ -114,7 +115,9 @@ def test_resnet9_trains_in_half_precision_on_its_device(dtype):
 
 
 def test_a_step_of_resnet9_is_sgds_on_the_mean_loss():
-    hyp = swap94.phase_settings(override(swap94.hyp, swap.RESNET9_SMOKE['small-batch']), 'phase1')
+    hyp = swap94.phase_settings(
+        override(swap94.hyp, smoke.SWAP_HYP['resnet9']['small-batch']), 'phase1'
+    )
     options = {'device': 'cpu', 'dtype': torch.float64}
     torch.manual_seed(0)
     inputs, labels = torch.randn(40, 3, 32, 32, dtype=torch.float64), torch.arange(40) % 10
@@ -145,7 +148,7 @@ def test_a_study_trains_resnet9(resnet9):
 
 @pytest.mark.parametrize('phase', ['phase1', 'phase2'])
 def test_a_network_that_diverges_ends_the_study(phase, resnet9):
-    own = [*swap.RESNET9_SMOKE['swap'], f'{phase}.lr=1e9', 'phase2.workers=1']
+    own = [*smoke.SWAP_HYP['resnet9']['swap'], f'{phase}.lr=1e9', 'phase2.workers=1']
     with pytest.raises(UserError, match=f'seed 7 diverges: .* of {phase}'):
         swap.train_swap(resnet9, override(swap94.hyp, own), 7)
 
@@ -350,7 +353,7 @@ def test_three_saved_networks_have_a_plane(saved, tmp_path, monkeypatch):
 
     monkeypatch.setattr(landscape.Networks, 'measure', measure)
     call = [*saved[:3], '--scale', 'smoke', '--data', 'digits', '--out', str(tmp_path / 'out')]
-    assert common.run_study(landscape.STUDY, [*call, '--device', 'cpu']) == 0
+    assert common.run_study(smoke.study_of('landscape'), [*call, '--device', 'cpu']) == 0
     assert (tmp_path / 'out' / 'plane-given.png').stat().st_size > 10_000
     records = common.read_cells(tmp_path / 'out')
     marks = common.in_cell(records, part='networks')[0]['networks']
@@ -363,7 +366,7 @@ def test_a_mistake_with_networks_is_one_line(saved, tmp_path, capsys):
     def says(*files):
         call = [*files, '--scale', 'smoke', '--data', 'digits', '--device', 'cpu']
         out = tmp_path / f'out{len(list(tmp_path.iterdir()))}'
-        assert common.run_study(landscape.STUDY, [*call, '--out', str(out)]) == 2
+        assert common.run_study(smoke.study_of('landscape'), [*call, '--out', str(out)]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith('studies.landscape: ')
         return error
