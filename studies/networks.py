@@ -95,6 +95,8 @@ def make_network(settings, loader, seed, variance=2.0):
 
 def describe(settings):
     """What make_network makes, for the tables. The oldest records are without dropout."""
+    if settings.get('files'):
+        return 'given networks'
     about = f'{settings["net"]} with {settings["share"]:g} of its widths'
     if settings['net'].startswith('vgg'):
         about += f' and dropout {settings.get("dropout", 0):g}'

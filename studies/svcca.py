@@ -110,8 +110,7 @@ def print_similarities(matrices):
 
 
 def show(config, records, folder):
-    if not config['settings']['files']:
-        print(describe(config['settings']))
+    print(describe(config['settings']))
     matrices = matrices_of(records)
     print_similarities(matrices)
     draw_matrices(matrices, folder / 'svcca')
