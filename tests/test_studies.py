@@ -245,7 +245,7 @@ def test_digits_are_mirrored_neither_in_training_nor_in_tests(study, make_place,
 
 def test_the_papers_figures_stand_beside_the_sets(tmp_path, capsys):
     config = {'data': {'path': '/somewhere/cifar100'}}
-    cell = {'cell': {'cutout': 12}, 'val_acc': 0.7, 'tta_val_acc': 0.75}
+    cell = {'cell': {'cutout': 12}, 'seed': 0, 'val_acc': 0.7, 'tta_val_acc': 0.75}
     datasets.show(config, [cell, cell | {'tta_val_acc': 0.77}], tmp_path)
     row = capsys.readouterr().out.partition('\n\nplot')[0].splitlines()[-1].split()
     assert row[:2] == ['12', '2'] and '76.00' in row and row[-2:] == ['78.04', '79.76']
@@ -285,10 +285,10 @@ def test_what_a_feature_saves_has_an_interval():
     records = []
     for feature, needed in {'none': 10, 'Lookahead': 14}.items():
         for epochs in (8, 16):
-            for _ in range(20):
+            for seed in range(20):
                 error = 0.4 * (needed / epochs) ** 0.5 + 0.002 * rng.standard_normal()
                 cell = {'start': 'final', 'feature': feature, 'epochs': epochs}
-                records.append({'cell': cell, 'tta_val_acc': 1 - error})
+                records.append({'cell': cell, 'seed': seed, 'tta_val_acc': 1 - error})
     found = ablation.found_epochs(records, 0.6)
     (saved, low, high), baseline = ablation.savings(found, 'Lookahead')
     assert saved == pytest.approx(4, abs=0.2) and low < saved < high and high - low < 1
