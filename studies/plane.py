@@ -82,5 +82,5 @@ def draw_plane(points, marks, stem, path=()):
         axes.set_title('training images')
         if key == 'val_acc':
             axes.plot(best['alpha'], best['beta'], '*', markersize=12, **style)
-            axes.set_title(f'test images (star: {100 * (1 - best["val_acc"]):.1f}%)')
+            axes.set_title(f'test images (star: the best, {100 * (1 - best["val_acc"]):.1f}%)')
     save_both(figure, stem)
