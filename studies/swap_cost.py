@@ -141,19 +141,20 @@ def print_seconds(link, seconds):
 
 
 def read_runs(path):
-    """(hyp, the runs that finished) from a log of swap94.py. Raises UserError."""
+    """(name, hyp, the runs that finished) of a log of swap94.py. Raises UserError."""
     content = read_content(path)
     try:
         hyp = content['hyp']
         runs = [run for run in content['runs'] if not run.get('failed')]
-        workers = len(
-            runs[0]['workers']
-        )  # older logs of one phase have hyp['phase2']['workers'], too
-        return hyp | {'phase2': hyp['phase2'] | {'workers': workers}}, runs
+        # Older logs of phase 1 alone have workers in hyp, too.
+        hyp = hyp | {'phase2': hyp['phase2'] | {'workers': len(runs[0]['workers'])}}
     except (IndexError, KeyError, TypeError) as error:
-        raise UserError(
-            f'{path}: is no log of swap94.py with finished runs; leave it out'
-        ) from error
+        message = f'{path}: is no log of swap94.py with finished runs; leave it out'
+        raise UserError(message) from error
+    place = path.resolve()
+    if place.name == 'log.json':
+        place = place.parent
+    return place.name.removesuffix('.json'), hyp, runs
 
 
 def worker_accuracies(runs):
@@ -179,7 +180,7 @@ def row_of(name, n, accuracies, seconds):
 
 def print_table_1(paths, gpu, links):
     """Print the SWAP paper's Table 1 for some logs, and as published."""
-    logs = [(path.name.removesuffix('.json'), *read_runs(path)) for path in paths]
+    logs = [read_runs(path) for path in paths]
     print(f'test accuracy in % with its std; seconds on {RANKS} GPUs: **modelled, not measured**')
     rows = []
     for name, hyp, runs in logs:
