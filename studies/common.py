@@ -331,26 +331,6 @@ def make_parser(study):
     return parser
 
 
-def run_study(study, argv=None):
-    """A study's command line: train what is missing, show what there is, return the exit code."""
-
-    def call():
-        args = make_parser(study).parse_args(argv)
-        folder = args.out or Path('logs', '-'.join([study.name, args.net, args.scale]))
-        if not args.show:
-            train_cells(study, args, folder)
-        if is_first_process():
-            config, records = read_study(folder)
-            if config.get('study') != study.name:
-                found = f'holds records of the study {config.get("study")}'
-                raise UserError(f'{folder}: {found}; choose another --out')
-            study.show(config, records, folder)
-        return 0
-
-    airbench94.keep_freed_memory()
-    return report_errors(f'studies.{study.name}', call)
-
-
 def settings_of(study, args):
     """The settings of a scale, with the network's name and the given files. Raises UserError."""
     settings = study.scales[args.net][args.scale] | {'net': args.net}
@@ -361,6 +341,23 @@ def settings_of(study, args):
             raise UserError(f'{found}: give all of {names}, or none; see --help')
         settings['files'] = args.files
     return settings
+
+
+def train_missing(study, place):
+    """Do what the study plans and has no record of yet, and wait for what others are doing."""
+    settings, folder = place.settings, place.folder
+    is_waiting = False
+    while True:
+        records = read_cells(folder)
+        jobs = study.plan(settings, records)
+        if done_jobs(records).issuperset(cell_name(*job) for job in jobs):
+            return
+        if make_cells(jobs, study, place) == 0:
+            if is_first_process() and not is_waiting:
+                way_out = f'if there are none, delete the files in {folder / "locks"}'
+                print(f'waiting for other processes, which make the last networks; {way_out}')
+            is_waiting = True
+            time.sleep(1)
 
 
 def train_cells(study, args, folder):
@@ -379,15 +376,24 @@ def train_cells(study, args, folder):
     place = Place(settings, folder, image_set, device, dtype)
     about = f'{study.name}, {settings["net"]}, {args.scale} scale, on {device}'
     print(f'{about}; records in {folder}', flush=True)
-    is_waiting = False
-    while True:
-        records = read_cells(folder)
-        jobs = study.plan(settings, records)
-        if done_jobs(records).issuperset(cell_name(*job) for job in jobs):
-            return
-        if make_cells(jobs, study, place) == 0:
-            if is_first_process() and not is_waiting:
-                way_out = f'if there are none, delete the files in {folder / "locks"}'
-                print(f'waiting for other processes, which make the last networks; {way_out}')
-            is_waiting = True
-            time.sleep(1)
+    train_missing(study, place)
+
+
+def run_study(study, argv=None, make_parser=make_parser, train_cells=train_cells):
+    """A study's command line: train what is missing, show what there is, return the exit code."""
+
+    def call():
+        args = make_parser(study).parse_args(argv)
+        folder = args.out or Path('logs', '-'.join([study.name, args.net, args.scale]))
+        if not args.show:
+            train_cells(study, args, folder)
+        if is_first_process():
+            config, records = read_study(folder)
+            if config.get('study') != study.name:
+                found = f'holds records of the study {config.get("study")}'
+                raise UserError(f'{folder}: {found}; choose another --out')
+            study.show(config, records, folder)
+        return 0
+
+    airbench94.keep_freed_memory()
+    return report_errors(f'studies.{study.name}', call)
