@@ -1,0 +1,252 @@
+"""Alternating flip against random flip and none on ImageNet (Jordan 2024, Table 3, section 5.2).
+
+    python -m studies.imagenet_flip --data imagenette       # two hours on two CPU cores
+    torchrun --nproc_per_node=8 -m studies.imagenet_flip --scale paper --data IMAGENET --out DIR
+    python -m studies.imagenet_flip --show --out DIR        # the table and the picture again
+
+Each network is a ResNet-18, trained by one process. The paper follows ffcv-imagenet's rn18 configs:
+BlurPool, label smoothing, and larger crops in the last quarter of the epochs. The Heavy crop takes
+8% to 100% of a picture; the Light crop only moves along the longer side. Each network is tested on
+two centre crops, CC(pixels, share of the resized shorter side), without and with the mirror image
+(TTA). We differ in the pictures, which are JPEGs as they are, and in the loader.
+
+--scale paper trains 162 networks. ffcv's table has 35 A100-minutes for 16 epochs and 187 for 88, so
+that is about 125 A100-hours, if the loader keeps up: it then has to read 10,000 pictures a second
+for each GPU. --scale small is for a few thousand pictures of about 128 pixels. If they are square,
+its Light crop is no crop at all, and flips are the only augmentation.
+"""
+
+import itertools
+import sys
+
+import numpy as np
+
+import swap94
+from lab.errors import UserError
+from lab.summary import new_figure
+from studies.common import (
+    COLOURS,
+    Study,
+    by_seed,
+    in_cell,
+    mean_and_interval,
+    paired_p,
+    run_study,
+    save_both,
+)
+from studies.imagenet import (
+    FLIPS,
+    TrainingImages,
+    evaluate,
+    fit,
+    make_net,
+    make_parser,
+    train_cells,
+)
+
+LEAST_AREAS = {'heavy': 0.08, 'light': None}
+# 'cells': crop, epochs, and how many networks with each of FLIPS.
+# 'pixels': in the first three quarters of the epochs, and in the last.
+# 'test_crops': pixels, and share of the resized shorter side.
+OPTIMIZER = {'momentum': 0.9, 'weight_decay': 5e-5, 'label_smoothing': 0.1}
+SCALES = {
+    'paper': {
+        'cells': [
+            ['heavy', 16, [8, 28, 28]],
+            ['light', 16, [4, 26, 26]],
+            ['light', 20, [0, 16, 16]],
+            ['heavy', 88, [2, 4, 4]],
+        ],
+        'pixels': [160, 192],
+        'batch': 1024,  # images
+        'rate': 0.5,  # the highest, after
+        'warm_up': 2,  # epochs
+        'blurs': True,
+        'test_crops': [[256, 0.875], [192, 1.0]],
+        **OPTIMIZER,
+    },
+    'small': {
+        'cells': [['light', 16, [4, 4, 4]], ['heavy', 16, [2, 2, 2]]],
+        'pixels': [56, 64],
+        'batch': 64,
+        'rate': 0.06,
+        'warm_up': 2,
+        'blurs': True,
+        'test_crops': [[84, 0.875], [64, 1.0]],
+        **OPTIMIZER,
+    },
+    'smoke': {
+        'cells': [['light', 2, [2, 2, 2]], ['heavy', 2, [0, 1, 1]]],
+        'pixels': [32, 40],
+        'batch': 8,
+        'rate': 0.02,
+        'warm_up': 1,
+        'blurs': True,
+        'test_crops': [[48, 0.875], [40, 1.0]],
+        **OPTIMIZER,
+    },
+}
+# Table 3: mean top-1 accuracy in percent with each of FLIPS.
+# (crop, epochs, number of the test crop, whether with TTA)
+PUBLISHED = {
+    ('heavy', 16, 0, False): (66.78, 66.54, 66.58),
+    ('heavy', 16, 1, False): (64.43, 64.62, 64.63),
+    ('light', 16, 0, False): (59.02, 61.84, 62.19),
+    ('light', 16, 1, False): (61.79, 64.50, 64.93),
+    ('heavy', 16, 0, True): (67.52, 67.65, 67.60),
+    ('heavy', 16, 1, True): (65.36, 65.48, 65.51),
+    ('light', 16, 0, True): (61.08, 62.89, 63.08),
+    ('light', 16, 1, True): (63.91, 65.63, 65.87),
+    ('light', 20, 1, True): (None, 65.80, 66.02),
+    ('heavy', 88, 0, True): (72.34, 72.45, 72.46),
+}
+
+
+#### Training ######################################################################################
+
+
+def schedule_of(crop, epochs, settings):
+    """The rate rises to its peak and falls to 0, and the crops grow after 3/4 of the epochs."""
+    peak, grows = settings['warm_up'], epochs * 3 // 4
+    small, large = settings['pixels']
+    at_growth = settings['rate'] * (epochs - grows) / (epochs - peak)
+    always = {'least_area': LEAST_AREAS[crop], 'shards': 1, 'batch': settings['batch']}
+    parts = [
+        {'epochs': [0, peak], 'pixels': small, 'rates': [0, settings['rate']]},
+        {'epochs': [peak, grows], 'pixels': small, 'rates': [settings['rate'], at_growth]},
+        {'epochs': [grows, epochs], 'pixels': large, 'rates': [at_growth, 0]},
+    ]
+    return [part | always for part in parts]
+
+
+def plan(settings, records):
+    """Seed by seed, as many networks of each cell as the scale wants."""
+    jobs = []
+    for seed in range(max(max(runs) for _, _, runs in settings['cells'])):
+        for crop, epochs, runs in settings['cells']:
+            for flip, n in zip(FLIPS, runs):
+                if seed < n:
+                    jobs.append(({'crop': crop, 'epochs': epochs, 'flip': flip}, seed))
+    return jobs
+
+
+def train(cell, seed, place):
+    """A network's losses and seconds, and its accuracies on each test crop, from 0 to 1."""
+    alone = swap94.Ranks()
+    schedule = schedule_of(cell['crop'], cell['epochs'], place.settings)
+    images = TrainingImages(place.train, schedule, seed, cell['flip'])
+    net = make_net(place, seed)
+    record = fit(net, images, place, alone, place.checkpoint(cell, seed))
+    crops = place.settings['test_crops']
+    record['accuracies'] = [evaluate(net, crop, place, alone) for crop in crops]
+    record['damaged'] = len(place.train.damaged | place.val.damaged)
+    place.remove_checkpoints(cell, seed)
+    return record
+
+
+#### Table and picture #############################################################################
+
+
+def accuracies_of(records, crop, epochs, test_crop, has_tta):
+    """{flip: top-1 accuracies in percent, by seed}, as far as there are records."""
+    key = 'tta_top1' if has_tta else 'top1'
+    found = {}
+    for flip in FLIPS:
+        of_flip = by_seed(records, crop=crop, epochs=epochs, flip=flip)
+        found[flip] = np.array([100 * record['accuracies'][test_crop][key] for record in of_flip])
+    return found
+
+
+def rows_of(settings):
+    """(crop, epochs, number of the test crop, whether with TTA) of each row."""
+    for crop, epochs, _ in settings['cells']:
+        for has_tta in (False, True):
+            for test_crop in range(len(settings['test_crops'])):
+                yield crop, epochs, test_crop, has_tta
+
+
+def name_of(settings, row):
+    crop, epochs, test_crop, has_tta = row
+    pixels, share = settings['test_crops'][test_crop]
+    return f'{crop:5} {epochs:6} CC({pixels}, {share:5}) {"yes" if has_tta else "no":>4}'
+
+
+def print_accuracies(records, settings):
+    print('top-1 accuracy in %, with the 95% interval of its mean, and the number of networks')
+    print(f'crop  epochs test crop       TTA{"".join(f"{flip:>20}" for flip in FLIPS)}')
+    for row in rows_of(settings):
+        line = name_of(settings, row)
+        for values in accuracies_of(records, *row).values():
+            if len(values):
+                mean, half = mean_and_interval(values)
+                line += f'{mean:9.2f} +-{half:5.2f}{len(values):3}'
+            else:
+                line += f'{"-":>20}'
+        print(line)
+
+
+def print_gains(records, settings):
+    """How much better each flip is than the one before, for seeds that both have."""
+    print('\ngain in points, with its 95% interval, and one-sided p')
+    print(
+        f'crop  epochs test crop       TTA{"random over none":>24}{"alternating over random":>28}'
+    )
+    for row in rows_of(settings):
+        line = name_of(settings, row)
+        accuracies = list(accuracies_of(records, *row).values())
+        for before, after in itertools.pairwise(accuracies):
+            n = min(len(before), len(after))
+            if n < 2:
+                line += f'{"-":>24}'
+            else:
+                gain, half = mean_and_interval(after[:n] - before[:n])
+                line += f'{gain:+8.2f} +-{half:5.2f} {paired_p(after[:n], before[:n]):8.2g}'
+        print(line)
+
+
+def print_published():
+    print('\nof the paper, on ImageNet:')
+    for row, means in PUBLISHED.items():
+        line = name_of(SCALES['paper'], row)
+        for mean in means:
+            line += f'{mean:9.2f}{"":11}' if mean else f'{"-":>9}{"":11}'
+        print(line.rstrip())
+
+
+def draw(records, settings, stem):
+    """Every network's accuracy, and the means."""
+    figure = new_figure(9, 3 * len(settings['cells']))
+    panels = figure.subplots(len(settings['cells']), 1, squeeze=False)[:, 0]
+    for axes, (crop, epochs, _) in zip(panels, settings['cells']):
+        rows = [row for row in rows_of(settings) if row[:2] == (crop, epochs)]
+        for i, row in enumerate(rows):
+            accuracies = accuracies_of(records, *row)
+            for flip, colour, aside in zip(FLIPS, COLOURS, (-0.2, 0, 0.2)):
+                values = accuracies[flip]
+                label = flip if i == 0 else None
+                x = np.full(len(values), i + aside)
+                axes.plot(x, values, 'o', color=colour, alpha=0.5, label=label)
+                if len(values):
+                    axes.plot(i + aside, values.mean(), '_', color='black', markersize=20)
+        names = ['CC({}, {})'.format(*settings['test_crops'][row[2]]) for row in rows]
+        names = [f'{name}, TTA' if row[3] else name for name, row in zip(names, rows)]
+        axes.set_xticks(range(len(rows)), names)
+        axes.set(ylabel='top-1 accuracy (%)', title=f'{crop} crop, {epochs} epochs')
+    panels[0].legend(frameon=False)
+    save_both(figure, stem)
+
+
+def show(config, records, folder):
+    settings = config['settings']
+    if not in_cell(records, flip='random') or not in_cell(records, flip='alternating'):
+        raise UserError(f'{folder}: needs networks with both flips; train on, then --show')
+    print_accuracies(records, settings)
+    print_gains(records, settings)
+    print_published()
+    draw(records, settings, folder / 'imagenet_flip')
+
+
+STUDY = Study('imagenet_flip', __doc__, {'resnet18': SCALES}, plan, train, show)
+
+if __name__ == '__main__':
+    sys.exit(run_study(STUDY, make_parser=make_parser, train_cells=train_cells))

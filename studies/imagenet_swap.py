@@ -1,0 +1,359 @@
+"""Small batches, large batches and SWAP on ImageNet (Gupta et al. 2020, Table 3, Figure 5).
+
+    python -m studies.imagenet_swap --data imagenette       # an hour and a half on two CPU cores
+    torchrun --nnodes=2 --nproc_per_node=8 -m studies.imagenet_swap --scale paper --net resnet50 \\
+        --data IMAGENET --out DIR
+    python -m studies.imagenet_swap --show --out DIR        # the table and the pictures again
+
+The small-batch schedule is the public one that the paper used (cybertronai/imagenet18_old). Large
+batches have twice the shards and rates, on twice the ranks. SWAP trains on large batches at first;
+then half of the ranks train a worker each, on the last segments of the small-batch schedule. Their
+weights are averaged, and BatchNorm's statistics are computed anew. So small batches train on half
+of the ranks, too, and the other half does the same work in vain. One process does everything alone,
+and trains the workers in turn. We test on centre crops, where the public code has rectangles.
+
+All ranks need to see --data and --out. --scale paper is 3 seeds, each of 140 V100-hours at the
+paper's speed. --scale small is for a few thousand pictures of about 128 pixels.
+"""
+
+import itertools
+import math
+import sys
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import update_bn
+
+import swap94
+from lab.errors import UserError
+from lab.summary import new_figure
+from lab.training import join_ranks
+from studies import imagenet
+from studies.common import (
+    COLOURS,
+    Study,
+    by_seed,
+    mean_and_interval,
+    paired_p,
+    run_study,
+    save_both,
+    two_whole_seeds,
+)
+
+METHODS = ['small-batch', 'large-batch', 'swap']
+ROWS = ['small-batch', 'large-batch', 'SWAP, before averaging', 'SWAP, after averaging']
+# Table 3: top-1 and top-5 accuracy in % with standard deviations, and minutes, of each of ROWS.
+PUBLISHED = [
+    (76.14, 0.07, 93.30, 0.07, 235.29),
+    (75.86, 0.03, 92.98, 0.06, 127.20),
+    (75.96, 0.02, 93.15, 0.02, 149.12),
+    (76.19, 0.03, 93.32, 0.02, 156.55),
+]
+
+
+#### Settings ######################################################################################
+
+
+def segment(epochs, pixels, least_area, shards, batch, rates):
+    names = ('epochs', 'pixels', 'least_area', 'shards', 'batch', 'rates')
+    return dict(zip(names, (epochs, pixels, least_area, shards, batch, rates)))
+
+
+COMMON = {
+    'switch': 22,  # the epoch in which SWAP's large batches end
+    'workers': 2,
+    'momentum': 0.9,
+    'weight_decay': 1e-4,
+    'label_smoothing': 0.0,
+    'blurs': False,
+    'statistics': 0.1,  # share of an epoch from which BatchNorm's statistics are computed anew
+}
+SCALES = {
+    'paper': COMMON
+    | {
+        'schedule': [  # of small batches; a shard is what a GPU has
+            segment([0, 7], 128, 0.08, 8, 512, [1.0, 2.0]),
+            segment([7, 13], 128, 0.08, 8, 512, [2.0, 0.25]),
+            segment([13, 22], 224, 0.087, 8, 224, [0.4375, 0.04375]),
+            segment([22, 25], 224, 0.087, 8, 224, [0.04375, 0.004375]),
+            segment([25, 28], 288, 0.5, 8, 128, [0.0025, 0.00025]),
+        ],
+        'test_crop': [288, 0.875],
+        'runs': 3,
+    },
+    'small': COMMON
+    | {
+        'schedule': [
+            segment([0, 7], 48, 0.08, 1, 64, [0.03, 0.06]),
+            segment([7, 13], 48, 0.08, 1, 64, [0.06, 0.0075]),
+            segment([13, 22], 64, 0.087, 1, 32, [0.015, 0.0015]),
+            segment([22, 25], 64, 0.087, 1, 32, [0.0015, 0.00015]),
+            segment([25, 28], 80, 0.5, 1, 16, [0.000075, 0.0000075]),
+        ],
+        'test_crop': [80, 0.875],
+        'runs': 3,
+    },
+    'smoke': COMMON
+    | {
+        'schedule': [
+            segment([0, 1], 32, 0.5, 2, 8, [0.01, 0.02]),
+            segment([1, 2], 40, 0.5, 2, 8, [0.02, 0.002]),
+            segment([2, 3], 40, 0.5, 2, 4, [0.002, 0.0002]),
+        ],
+        'switch': 2,
+        'test_crop': [40, 0.875],
+        'runs': 2,
+    },
+}
+
+
+def doubled(schedule):
+    """The large-batch schedule: twice the shards, and twice the rates."""
+    found = []
+    for part in schedule:
+        rates = [2 * rate for rate in part['rates']]
+        found.append(part | {'shards': 2 * part['shards'], 'rates': rates})
+    return found
+
+
+def schedules_of(settings):
+    """The schedules of each of METHODS: a list of one, or of SWAP's two phases."""
+    small, switch = settings['schedule'], settings['switch']
+    large = doubled(small)
+    phase1 = [part for part in large if part['epochs'][1] <= switch]
+    phase2 = [part for part in small if part['epochs'][0] >= switch]
+    return {'small-batch': [small], 'large-batch': [large], 'swap': [phase1, phase2]}
+
+
+#### Training ######################################################################################
+
+
+def plan(settings, records):
+    """Every method, seed by seed."""
+    cells = [{'method': method} for method in METHODS]
+    return [(cell, seed) for seed in range(settings['runs']) for cell in cells]
+
+
+def half_of(everyone):
+    """The half of the ranks that this one is in. Raises UserError for an odd number of ranks."""
+    if everyone.size > 1 and everyone.size % 2:
+        raise UserError(f'{everyone.size} processes have no halves; start an even number')
+    return swap94.form_teams(max(1, everyone.size // 2))
+
+
+def train(cell, seed, place):
+    """A network's accuracies, from 0 to 1, its losses, and its seconds of training."""
+    everyone = swap94.all_ranks()
+    ranks = half_of(everyone) if cell['method'] == 'small-batch' else everyone
+    first, *rest = schedules_of(place.settings)[cell['method']]
+    images = imagenet.TrainingImages(place.train, first, seed, 'random')
+    net = imagenet.make_net(place, seed)
+    record = imagenet.fit(net, images, place, ranks, place.checkpoint(cell, seed))
+    if rest:
+        record |= train_workers(cell, seed, place, net, rest[0])
+    record |= imagenet.evaluate(net, place.settings['test_crop'], place, ranks)
+    damaged = everyone.gather(place.train.damaged | place.val.damaged)
+    record['damaged'] = len(set().union(*damaged))
+    place.remove_checkpoints(cell, seed)
+    return record
+
+
+def train_workers(cell, seed, place, net, schedule):
+    """SWAP's second phase, after which `net` is the average of its workers.
+
+    Returns:
+        {'workers': their accuracies, losses and seconds, 'phase2_seconds': of the slowest rank,
+        'averaging_seconds': of the average, and of BatchNorm's statistics}.
+    """
+    everyone = swap94.all_ranks()
+    half = half_of(everyone)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    records, weights = [], []
+    step = everyone.size // half.size
+    for worker in range(everyone.rank // half.size, place.settings['workers'], step):
+        net.load_state_dict(before)
+        worker_seed = swap94.worker_seed(seed, worker)
+        images = imagenet.TrainingImages(place.train, schedule, worker_seed, 'random')
+        checkpoint = place.checkpoint(cell, seed, f'worker{worker}')
+        record = imagenet.fit(net, images, place, half, checkpoint)
+        record |= imagenet.evaluate(net, place.settings['test_crop'], place, half)
+        records.append(record)
+        weights.append([p.detach().clone() for p in net.parameters()])
+    of_ranks = everyone.gather(records)  # now all have finished, and the clock can start
+    start = swap94.clock(place.device)
+    average(net, weights, everyone)
+    images = imagenet.TrainingImages(place.train, schedule, seed, 'random')
+    recompute_statistics(net, images, place, everyone)
+    averaging_seconds = swap94.clock(place.device) - start
+    seconds = [sum(record['training_seconds'] for record in records) for records in of_ranks]
+    return {
+        'workers': list(itertools.chain(*of_ranks[:: half.size])),
+        'phase2_seconds': max(seconds),
+        'averaging_seconds': averaging_seconds,
+    }
+
+
+@torch.no_grad()
+def average(net, workers, ranks):
+    """Load the mean of all ranks' workers into `net`.
+
+    Args:
+        workers: this rank's, each a list of weights. All ranks have as many.
+    """
+    for p, *weights in zip(net.parameters(), *workers):
+        mean = torch.stack(weights).mean(0) / ranks.size
+        p.copy_(ranks.sum(mean.contiguous()))
+
+
+def recompute_statistics(net, images, place, ranks):
+    """Compute BatchNorm's statistics anew, from a share of the images of the last epoch."""
+    last = images.epochs[-1:]
+    steps = math.ceil(place.settings['statistics'] * images.steps(last[0]))
+    shards = imagenet.segment_of(images.schedule, last[0])['shards'] // ranks.size
+    keys = itertools.islice(images.keys(last, ranks), steps * shards)
+    with place.autocast():
+        update_bn(place.batches(images, keys), net)
+    imagenet.mean_statistics(net, ranks)
+
+
+#### Ranks #########################################################################################
+
+
+def lead(cell, seed, place):
+    """`train` on the first rank, which tells the others what to train."""
+    swap94.all_ranks().gather((cell, seed))
+    return train(cell, seed, place)
+
+
+def follow(place):
+    """What the other ranks do, until the first one has no more networks to train."""
+    while True:
+        job = swap94.all_ranks().gather(None)[0]
+        if job is None:
+            return
+        train(*job, place)
+
+
+def train_together(study, args, folder):
+    """Train all that the study plans. All processes of torchrun train each network together."""
+    place = imagenet.open_place(study, args, folder)
+    join_ranks(swap94, place.device)
+    everyone = swap94.all_ranks()
+    if everyone.rank > 0:
+        follow(place)
+        return
+    imagenet.train_all(study, args, place)
+    everyone.gather(None)
+
+
+#### Tables and pictures ###########################################################################
+
+
+def values_of(records, key):
+    """{row: accuracies in percent, by seed}. Those before averaging are means of the workers'."""
+    found = {}
+    for method, row in zip(METHODS, [*ROWS[:2], ROWS[3]]):
+        of_method = by_seed(records, method=method)
+        found[row] = np.array([100 * record[key] for record in of_method])
+    of_workers = [[worker[key] for worker in record['workers']] for record in of_method]
+    found[ROWS[2]] = 100 * np.mean(of_workers, axis=1)
+    return found
+
+
+def seconds_of(records):
+    """{row: mean seconds of training}."""
+    found = {}
+    for method, row in zip(METHODS, ROWS):
+        of_method = by_seed(records, method=method)
+        found[row] = np.mean([record['training_seconds'] for record in of_method])
+    found[ROWS[2]] += np.mean([record['phase2_seconds'] for record in of_method])
+    averaging = np.mean([record['averaging_seconds'] for record in of_method])
+    found[ROWS[3]] = found[ROWS[2]] + averaging
+    return found
+
+
+def print_schedules(settings):
+    """Figure 5's schedules, as a table."""
+    print('method       epochs    pixels  images a step  learning rate')
+    for method, schedules in schedules_of(settings).items():
+        for part in itertools.chain(*schedules):
+            (first, last), (start, end) = part['epochs'], part['rates']
+            line = f'{method:11} {first:3} to {last:3} {part["pixels"]:9}'
+            print(f'{line} {part["shards"] * part["batch"]:14}  {start:.3g} to {end:.3g}')
+
+
+def print_table(top1, top5, seconds):
+    n = len(top1[ROWS[0]])
+    about = f'accuracy in %, n={n}, with its standard deviation'
+    print(f'\n{about:64} of the paper, on V100s:')
+    print(f'{"":22} {"top-1":>15} {"top-5":>15} {"seconds":>8}', end='')
+    print(f'{"top-1":>17} {"top-5":>15} {"seconds":>8}')
+    for row, published in zip(ROWS, PUBLISHED):
+        mean1, deviation1, mean5, deviation5, minutes = published
+        line = f'{row:22}'
+        for values in (top1[row], top5[row]):
+            line += f' {values.mean():8.2f} +-{values.std(ddof=1):5.2f}'
+        line += f' {seconds[row]:8.0f}  {mean1:8.2f} +-{deviation1:5.2f}'
+        print(f'{line} {mean5:8.2f} +-{deviation5:5.2f} {60 * minutes:8.0f}')
+
+
+def print_gains(top1, top5):
+    print(
+        '\nSWAP after averaging over the others, with 95% interval; one-sided p that it is better'
+    )
+    for name, values in (('top-1', top1), ('top-5', top5)):
+        ours = values[ROWS[3]]
+        for row in (ROWS[2], ROWS[1], ROWS[0]):
+            gain, half = mean_and_interval(ours - values[row])
+            p = paired_p(ours, values[row])
+            print(f'  {name}, {row:22} {gain:+6.2f} +-{half:5.2f}, p={p:.2g}')
+
+
+def draw_schedules(settings, stem):
+    """Figure 5: learning rate and images a step against epochs."""
+    figure = new_figure(9, 3)
+    left, right = figure.subplots(1, 2)
+    styles = zip(schedules_of(settings).items(), COLOURS, ('-', '-', '--'))
+    for (method, schedules), colour, style in styles:
+        parts = list(itertools.chain(*schedules))
+        epochs = np.array([part['epochs'] for part in parts]).ravel()
+        rates = np.array([part['rates'] for part in parts]).ravel()
+        images = np.repeat([part['shards'] * part['batch'] for part in parts], 2)
+        for axes, values in ((left, rates), (right, images)):
+            axes.plot(epochs, values, style, color=colour, label=method)
+    left.set(xlabel='epoch', ylabel='learning rate', yscale='log')
+    right.set(xlabel='epoch', ylabel='images a step')
+    right.legend(frameon=False)
+    save_both(figure, stem)
+
+
+def draw_networks(top1, stem):
+    """Every network of every row, and their means."""
+    figure = new_figure(8, 2.6)
+    axes = figure.subplots()
+    for i, (row, colour) in enumerate(zip(ROWS, COLOURS)):
+        values = top1[row]
+        axes.plot(values, np.full(len(values), i), 'o', color=colour, alpha=0.5)
+        axes.plot([values.mean()], [i], '|', color='black', markersize=24)
+    axes.set_yticks(range(len(ROWS)), ROWS)
+    axes.set_ylim(len(ROWS) - 0.5, -0.5)
+    axes.set_xlabel('top-1 accuracy (%); the line is the mean')
+    save_both(figure, stem)
+
+
+def show(config, records, folder):
+    settings = config['settings']
+    records = two_whole_seeds(records, plan(settings, []), folder)
+    top1, top5 = values_of(records, 'top1'), values_of(records, 'top5')
+    print_schedules(settings)
+    print_table(top1, top5, seconds_of(records))
+    print_gains(top1, top5)
+    draw_schedules(settings, folder / 'schedules')
+    draw_networks(top1, folder / 'imagenet_swap')
+
+
+NETS = {'resnet18': SCALES, 'resnet50': SCALES}
+STUDY = Study('imagenet_swap', __doc__, NETS, plan, lead, show)
+
+if __name__ == '__main__':
+    sys.exit(run_study(STUDY, make_parser=imagenet.make_parser, train_cells=train_together))
