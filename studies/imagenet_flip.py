@@ -76,7 +76,7 @@ SCALES = {
         **OPTIMIZER,
     },
     'smoke': {
-        'cells': [['light', 2, [2, 2, 2]], ['heavy', 2, [0, 1, 1]]],
+        'cells': [['light', 3, [1, 1, 1]], ['heavy', 3, [0, 1, 1]]],
         'pixels': [32, 40],
         'batch': 8,
         'rate': 0.02,
