@@ -102,11 +102,14 @@ def open_data(folder):
 
 #### Training images ###############################################################################
 
+# Keys of random streams: (seed, image, 0) for what an image keeps through all epochs,
+# (seed, image, 1 + epoch) for its draws in an epoch, and (seed, epoch, 0, 1) for an epoch's order.
+
 FLIPS = ['none', 'random', 'alternating']
 
 
 def random_crop(pixels, least_area):
-    """The Heavy crop, a part of a picture with a random aspect; or the Light one, if no area."""
+    """The Heavy crop, a part of random area and aspect; or the Light one, if least_area is None."""
     if least_area is not None:
         return v2.RandomResizedCrop(pixels, scale=(least_area, 1))
     return v2.Compose([v2.Resize(pixels), v2.RandomCrop(pixels)])
@@ -153,11 +156,12 @@ class TrainingImages(Dataset):
         index, epoch = key
         segment = segment_of(self.schedule, epoch)
         crop = random_crop(segment['pixels'], segment['least_area'])
-        mirror = v2.RandomHorizontalFlip(float(is_mirrored(self.flip, self.seed, epoch, index)))
+        probability = float(is_mirrored(self.flip, self.seed, epoch, index))  # 0 or 1
+        transform = v2.Compose([crop, v2.RandomHorizontalFlip(probability)])
         stream = np.random.SeedSequence((self.seed, index, 1 + epoch))
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
             torch.manual_seed(int(stream.generate_state(1, np.uint64)[0]))
-            return self.pictures.view(index, v2.Compose([crop, mirror]))
+            return self.pictures.view(index, transform)
 
     @property
     def epochs(self):
@@ -412,8 +416,8 @@ def evaluate(net, crop, place, ranks):
     counts = torch.zeros(5, device=place.device)
     for inputs, labels in place.batches(images, progress(keys, 'test')):
         with place.autocast():
-            outputs = net(inputs)
-            both = outputs + net(inputs.flip(-1))
+            outputs = net(inputs).float()
+            both = outputs + net(inputs.flip(-1)).float()
         counts[0] += len(labels)
         counts[1:] += torch.cat([hits(outputs, labels), hits(both, labels)])
     total, *right = ranks.sum(counts).tolist()

@@ -1,6 +1,6 @@
 """Alternating flip against random flip and none on ImageNet (Jordan 2024, Table 3, section 5.2).
 
-    python -m studies.imagenet_flip --data imagenette       # two hours on two CPU cores
+    python -m studies.imagenet_flip --data imagenette    # an hour and a half on two CPU cores
     torchrun --nproc_per_node=8 -m studies.imagenet_flip --scale paper --data IMAGENET --out DIR
     python -m studies.imagenet_flip --show --out DIR        # the table and the picture again
 
