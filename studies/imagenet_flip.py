@@ -45,10 +45,10 @@ from studies.imagenet import (
 )
 
 LEAST_AREAS = {'heavy': 0.08, 'light': None}
+OPTIMIZER = {'momentum': 0.9, 'weight_decay': 5e-5, 'label_smoothing': 0.1}
 # 'cells': crop, epochs, and how many networks with each of FLIPS.
 # 'pixels': in the first three quarters of the epochs, and in the last.
 # 'test_crops': pixels, and share of the resized shorter side.
-OPTIMIZER = {'momentum': 0.9, 'weight_decay': 5e-5, 'label_smoothing': 0.1}
 SCALES = {
     'paper': {
         'cells': [
@@ -76,7 +76,7 @@ SCALES = {
         **OPTIMIZER,
     },
     'smoke': {
-        'cells': [['light', 3, [1, 1, 1]], ['heavy', 3, [0, 1, 1]]],
+        'cells': [['light', 3, [1, 1, 1]], ['heavy', 3, [0, 0, 1]]],
         'pixels': [32, 40],
         'batch': 8,
         'rate': 0.02,
@@ -148,12 +148,12 @@ def train(cell, seed, place):
 
 
 def accuracies_of(records, crop, epochs, test_crop, has_tta):
-    """{flip: top-1 accuracies in percent, by seed}, as far as there are records."""
+    """{flip: {seed: top-1 accuracy in percent}}, as far as there are records."""
     key = 'tta_top1' if has_tta else 'top1'
     found = {}
     for flip in FLIPS:
         of_flip = by_seed(records, crop=crop, epochs=epochs, flip=flip)
-        found[flip] = np.array([100 * record['accuracies'][test_crop][key] for record in of_flip])
+        found[flip] = {r['seed']: 100 * r['accuracies'][test_crop][key] for r in of_flip}
     return found
 
 
@@ -165,20 +165,24 @@ def rows_of(settings):
                 yield crop, epochs, test_crop, has_tta
 
 
+def test_crop_of(settings, row):
+    pixels, share = settings['test_crops'][row[2]]
+    return f'CC({pixels}, {share})'
+
+
 def name_of(settings, row):
-    crop, epochs, test_crop, has_tta = row
-    pixels, share = settings['test_crops'][test_crop]
-    return f'{crop:5} {epochs:6} CC({pixels}, {share:5}) {"yes" if has_tta else "no":>4}'
+    crop, epochs, _, has_tta = row
+    return f'{crop:5} {epochs:6} {test_crop_of(settings, row):14} {"yes" if has_tta else "no":>3}'
 
 
 def print_accuracies(records, settings):
     print('top-1 accuracy in %, with the 95% interval of its mean, and the number of networks')
-    print(f'crop  epochs test crop       TTA{"".join(f"{flip:>20}" for flip in FLIPS)}')
+    print(f'crop  epochs test crop      TTA{"".join(f"{flip:>20}" for flip in FLIPS)}')
     for row in rows_of(settings):
         line = name_of(settings, row)
         for values in accuracies_of(records, *row).values():
-            if len(values):
-                mean, half = mean_and_interval(values)
+            if values:
+                mean, half = mean_and_interval(list(values.values()))
                 line += f'{mean:9.2f} +-{half:5.2f}{len(values):3}'
             else:
                 line += f'{"-":>20}'
@@ -188,19 +192,17 @@ def print_accuracies(records, settings):
 def print_gains(records, settings):
     """How much better each flip is than the one before, for seeds that both have."""
     print('\ngain in points, with its 95% interval, and one-sided p')
-    print(
-        f'crop  epochs test crop       TTA{"random over none":>24}{"alternating over random":>28}'
-    )
+    print(f'crop  epochs test crop      TTA{"random over none":>24}{"alternating over random":>28}')
     for row in rows_of(settings):
         line = name_of(settings, row)
         accuracies = list(accuracies_of(records, *row).values())
         for before, after in itertools.pairwise(accuracies):
-            n = min(len(before), len(after))
-            if n < 2:
+            gains = [after[seed] - before[seed] for seed in after if seed in before]
+            if len(gains) < 2:
                 line += f'{"-":>24}'
             else:
-                gain, half = mean_and_interval(after[:n] - before[:n])
-                line += f'{gain:+8.2f} +-{half:5.2f} {paired_p(after[:n], before[:n]):8.2g}'
+                gain, half = mean_and_interval(gains)
+                line += f'{gain:+8.2f} +-{half:5.2f} {paired_p(gains, 0):8.2g}'
         print(line)
 
 
@@ -222,14 +224,14 @@ def draw(records, settings, stem):
         for i, row in enumerate(rows):
             accuracies = accuracies_of(records, *row)
             for flip, colour, aside in zip(FLIPS, COLOURS, (-0.2, 0, 0.2)):
-                values = accuracies[flip]
+                values = list(accuracies[flip].values())
                 label = flip if i == 0 else None
                 x = np.full(len(values), i + aside)
                 axes.plot(x, values, 'o', color=colour, alpha=0.5, label=label)
-                if len(values):
-                    axes.plot(i + aside, values.mean(), '_', color='black', markersize=20)
-        names = ['CC({}, {})'.format(*settings['test_crops'][row[2]]) for row in rows]
-        names = [f'{name}, TTA' if row[3] else name for name, row in zip(names, rows)]
+                if values:
+                    axes.plot(i + aside, np.mean(values), '_', color='black', markersize=20)
+        suffixes = [', TTA' if has_tta else '' for *_, has_tta in rows]
+        names = [test_crop_of(settings, row) + suffix for row, suffix in zip(rows, suffixes)]
         axes.set_xticks(range(len(rows)), names)
         axes.set(ylabel='top-1 accuracy (%)', title=f'{crop} crop, {epochs} epochs')
     panels[0].legend(frameon=False)

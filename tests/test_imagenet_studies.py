@@ -45,7 +45,7 @@ def test_the_flip_study_is_a_command(data, tmp_path, capsys):
     assert run_flip(*smoke(data, out)) == 0
     trained = capsys.readouterr().out
     records = common.read_cells(out)
-    assert len(records) == 5 and not list((out / 'checkpoints').iterdir())
+    assert len(records) == 4 and not list((out / 'checkpoints').iterdir())
     for record in records:
         assert len(record['losses']) == 3 and record['damaged'] == 0
         assert [set(found) for found in record['accuracies']] == 2 * [
@@ -53,7 +53,7 @@ def test_the_flip_study_is_a_command(data, tmp_path, capsys):
         ]
     assert run_flip('--show', '--out', str(out)) == 0
     table = capsys.readouterr().out
-    assert table in trained and 'light     16 CC(192,   1.0)   no    61.79' in table
+    assert table in trained and 'light     16 CC(192, 1.0)    no    61.79' in table
     assert (out / 'imagenet_flip.png').stat().st_size > 10_000
 
 
@@ -75,7 +75,7 @@ def flip_records():
     """Records in which each flip is a point better than the one before, and more with each seed."""
     records = []
     for i, flip in enumerate(imagenet.FLIPS):
-        for seed in range(3 + i):
+        for seed in range(i, 4):  # the first seeds lack some flips
             top1 = 0.5 + 0.01 * i * (1 + 0.1 * seed)
             cell = {'crop': 'light', 'epochs': 3, 'flip': flip}
             accuracies = 2 * [{'top1': top1, 'tta_top1': top1 + 0.1}]
@@ -90,9 +90,9 @@ def test_gains_are_of_seeds_that_both_flips_have(capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith('light')]
     first = rows[0].split()
-    assert first[5:8] == ['50.00', '+-', '0.00'] and first[8] == '3'
+    assert first[5:8] == ['50.00', '+-', '0.00'] and first[8] == '4'
     gains = rows[4].split('no', 1)[1].replace('+-', '').split()
-    assert gains[0] == '+1.10' and gains[3] == '+1.15' and float(gains[2]) < 0.01
+    assert gains[0] == '+1.20' and gains[3] == '+1.25' and float(gains[2]) < 0.01
 
 
 #### SWAP ####
@@ -215,7 +215,7 @@ def test_a_mistake_is_one_line(argv, line, tmp_path, capsys):
 
 
 def test_pictures_that_fill_no_step_are_one_line(tmp_path, capsys):
-    few = draw_pictures(tmp_path / 'data', 20, 4, size=(40, 40))
+    few = draw_pictures(tmp_path / 'data', 12, 4, size=(40, 40))
     assert run_swap(*smoke(few, tmp_path / 'out')) == 2
     error = capsys.readouterr().err
-    assert 'has 20 pictures, and a step needs 32; choose another --scale' in error
+    assert 'has 12 pictures, and a step needs 16; choose another --scale' in error
