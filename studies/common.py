@@ -132,29 +132,7 @@ class Place:
         return net
 
 
-#### Studies #######################################################################################
-
-
-@dataclass
-class Study:
-    """A study's parts.
-
-    scales: {net: {scale: settings}}, for each kind of network, in JSON's types. The first kind is
-        the default; its name becomes settings['net'].
-    plan(settings, records): the jobs, which are the networks that we want, as (cell, seed). It may
-        ask for some of them only after it has seen the records of others.
-    train(cell, seed, place): does a job, and returns its record.
-    show(config, records, folder): prints the table, and draws the pictures into the folder.
-    files: names for the saved networks that the user may give, in settings['files'].
-    """
-
-    name: str
-    about: str
-    scales: dict
-    plan: Callable
-    train: Callable
-    show: Callable
-    files: tuple = ()
+#### Jobs and records ##############################################################################
 
 
 @dataclass
@@ -312,6 +290,16 @@ def make_cells(jobs, study, place):
     return made
 
 
+#### Studies #######################################################################################
+
+
+def add_options(parser):
+    """The options for data and precision."""
+    add = parser.add_argument
+    add('--data', help="folder of a set, or 'digits' (default: cifar10, downloaded if needed)")
+    add('--dtype', choices=DTYPES, help='default: float16 on a CUDA GPU, otherwise float32')
+
+
 def make_parser(study):
     parser = Parser(f'python -m studies.{study.name}', study.about)
     add = parser.add_argument
@@ -323,9 +311,8 @@ def make_parser(study):
         about = f'{len(study.files)} that --save wrote'
         add('files', nargs='*', metavar='NETWORK', help=about)
     add('--out', type=Path, help='folder for the records; the same command again goes on')
-    add('--data', help="folder of a set, or 'digits' (default: cifar10, downloaded if needed)")
+    study.add_options(parser)
     add('--device', help='cuda, cuda:1, mps or cpu (default: the best available)')
-    add('--dtype', choices=DTYPES, help='default: float16 on a CUDA GPU, otherwise float32')
     add('--show', action='store_true', help='train nothing; make table and pictures again')
     parser.set_defaults(net=nets[0], files=[])
     return parser
@@ -360,8 +347,22 @@ def train_missing(study, place):
             time.sleep(1)
 
 
+def train_planned(study, scale, place, data):
+    """Do all that the study plans, together with other processes that use the same folder.
+
+    data: what the records say about it.
+    """
+    settings, folder = place.settings, place.folder
+    config = {'study': study.name, 'scale': scale, 'settings': settings, 'data': data}
+    open_log(folder, config | {'dtype': str(place.dtype)})
+    (folder / 'cells').mkdir(exist_ok=True)
+    about = f'{study.name}, {settings["net"]}, {scale} scale, on {place.device}'
+    print(f'{about}; records in {folder}', flush=True)
+    train_missing(study, place)
+
+
 def train_cells(study, args, folder):
-    """Do all that the study plans, together with other processes that use the same folder."""
+    """Do all that the study plans, on a set that fits into memory."""
     settings = settings_of(study, args)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -370,23 +371,43 @@ def train_cells(study, args, folder):
         saved = networks.read_network(settings['files'][0])
         image_set = dataclasses.replace(image_set, mean=saved['mean'], std=saved['std'])
     data = {'path': image_set.path, 'classes': len(image_set.classes), 'sha256': image_set.sha256}
-    config = {'study': study.name, 'scale': args.scale, 'settings': settings, 'data': data}
-    open_log(folder, config | {'dtype': str(dtype)})
-    (folder / 'cells').mkdir(exist_ok=True)
     place = Place(settings, folder, image_set, device, dtype)
-    about = f'{study.name}, {settings["net"]}, {args.scale} scale, on {device}'
-    print(f'{about}; records in {folder}', flush=True)
-    train_missing(study, place)
+    train_planned(study, args.scale, place, data)
 
 
-def run_study(study, argv=None, make_parser=make_parser, train_cells=train_cells):
+@dataclass
+class Study:
+    """A study's parts.
+
+    scales: {net: {scale: settings}}, for each kind of network, in JSON's types. The first kind is
+        the default; its name becomes settings['net'].
+    plan(settings, records): the jobs, which are the networks that we want, as (cell, seed). It may
+        ask for some of them only after it has seen the records of others.
+    train(cell, seed, place): does a job, and returns its record.
+    show(config, records, folder): prints the table, and draws the pictures into the folder.
+    files: names for the saved networks that the user may give, in settings['files'].
+    add_options(parser), train_cells(study, args, folder): for other data than a set in memory.
+    """
+
+    name: str
+    about: str
+    scales: dict
+    plan: Callable
+    train: Callable
+    show: Callable
+    files: tuple = ()
+    add_options: Callable = add_options
+    train_cells: Callable = train_cells
+
+
+def run_study(study, argv=None):
     """A study's command line: train what is missing, show what there is, return the exit code."""
 
     def call():
         args = make_parser(study).parse_args(argv)
         folder = args.out or Path('logs', '-'.join([study.name, args.net, args.scale]))
         if not args.show:
-            train_cells(study, args, folder)
+            study.train_cells(study, args, folder)
         if is_first_process():
             config, records = read_study(folder)
             if config.get('study') != study.name:
