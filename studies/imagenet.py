@@ -1,22 +1,9 @@
-"""What the studies of ImageNet share: pictures, schedules, networks, and how they are trained.
+"""What the studies of ImageNet share: where they train, networks, training and tests.
 
-Pictures lie in DATA/train/CLASS/* and DATA/val/CLASS/*. All random draws are keyed: an image's crop
-and flip depend on the seed, the epoch and the image's number alone. So neither the number of
-workers or ranks nor an interruption changes what a network sees.
-
-A schedule is a list of segments, which follow each other:
-
-    epochs      first and last, from 0
-    pixels      height and width of the crops
-    least_area  smallest share of the picture that a Heavy crop takes, or None for the Light crop
-    shards      how many parts a step's images are cut into, one or more for each rank
-    batch       images in a shard
-    rates       learning rates at the first and the last epoch, linear between them
-
-BatchNorm normalizes each shard by itself. So a step is the same on any number of ranks, to
-rounding; a rank that has several shards adds their gradients up. Only the running statistics depend
-on the ranks: DistributedDataParallel keeps those of the first rank's shards, and after the last
-step of an epoch we take the mean over the ranks.
+BatchNorm normalizes each shard of a step by itself (see segment in pictures.py). So a step is the
+same on any number of ranks, to rounding; a rank that has several shards adds their gradients up.
+Only the running statistics depend on the ranks: DistributedDataParallel keeps those of the first
+rank's shards, and after the last step of an epoch we take the mean over the ranks.
 """
 
 import itertools
@@ -25,190 +12,26 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import swap94
-from lab.data import list_some, progress
-from lab.errors import Parser, UserError, first_lines
+from lab.data import progress
+from lab.errors import UserError
 from lab.machine import DTYPES, is_first_process, number_from, pick_device, pick_dtype
-from lab.runs import open_log
-from studies.common import cell_file, train_missing
+from studies.common import cell_file, settings_of, train_planned
+from studies.pictures import Pictures, TestImages, open_data, rate_at, segment_of, stack
 
-#### Pictures ######################################################################################
+#### Place #########################################################################################
 
 MEAN = [123.675, 116.28, 103.53]  # of ImageNet's red, green and blue pixels, from 0 to 255
 STD = [58.395, 57.12, 57.375]
-
-
-class Pictures(ImageFolder):
-    """The pictures of a folder that has a folder for each class. Raises UserError if it has none.
-
-    damaged: the paths of damaged pictures that we have met.
-    """
-
-    def __init__(self, root):
-        try:
-            super().__init__(root)
-        except OSError as error:
-            layout = f'{root.parent} needs pictures in {root.name}/CLASS'
-            raise UserError(f'--data: {layout}: {first_lines(error)}') from error
-        self.damaged = set()
-
-    def view(self, index, transform):
-        """(uint8 image (3, H, W), label), or the path of a picture that is damaged."""
-        path, label = self.samples[index]
-        try:
-            picture = self.loader(path)
-        except (OSError, SyntaxError, ValueError):  # Pillow has all three for damaged files
-            return path
-        return v2.functional.pil_to_tensor(transform(picture)), label
-
-    def report(self, paths):
-        """Name damaged pictures. Raises UserError if they are more than one in a thousand."""
-        for path in set(paths) - self.damaged:
-            tqdm.write(f'{path}: is damaged, so we leave it out')
-        self.damaged.update(paths)
-        if 1000 * len(self.damaged) > len(self):
-            found = f'{len(self.damaged)} of {len(self)} pictures are damaged: '
-            way_out = 'more than one in a thousand; repair or delete them'
-            raise UserError(f'{self.root}: {found}{list_some(self.damaged)}; {way_out}')
-
-
-def stack(views):
-    """(uint8 (n, 3, H, W), int64 labels (n,), paths of damaged pictures), which are left out."""
-    damaged = [view for view in views if isinstance(view, str)]
-    whole = [view for view in views if not isinstance(view, str)]
-    images, labels = zip(*whole)
-    return torch.stack(images), torch.tensor(labels), damaged
-
-
-def open_data(folder):
-    """(training pictures, validation pictures). Raises UserError if their classes differ."""
-    train, val = Pictures(folder / 'train'), Pictures(folder / 'val')
-    odd = set(train.classes) ^ set(val.classes)
-    if odd:
-        raise UserError(f'--data {folder}: only one of train and val has {list_some(odd)}')
-    return train, val
-
-
-#### Training images ###############################################################################
-
-# Keys of random streams: (seed, image, 0) for what an image keeps through all epochs,
-# (seed, image, 1 + epoch) for its draws in an epoch, and (seed, epoch, 0, 1) for an epoch's order.
-
-FLIPS = ['none', 'random', 'alternating']
-
-
-def random_crop(pixels, least_area):
-    """The Heavy crop, a part of random area and aspect; or the Light one, if least_area is None."""
-    if least_area is not None:
-        return v2.RandomResizedCrop(pixels, scale=(least_area, 1))
-    return v2.Compose([v2.Resize(pixels), v2.RandomCrop(pixels)])
-
-
-def toss(*key):
-    """A coin that always falls the same way for the same whole numbers."""
-    return bool(np.random.default_rng(key).integers(2))
-
-
-def is_mirrored(flip, seed, epoch, index):
-    """Whether an image is mirrored in an epoch.
-
-    Alternating flip tosses one coin per image, and turns it over after each epoch (Jordan 2024,
-    section 3.6).
-    """
-    if flip == 'random':
-        return toss(seed, index, 1 + epoch)
-    if flip == 'alternating':
-        return toss(seed, index, 0) != bool(epoch % 2)
-    return False
-
-
-def segment_of(schedule, epoch):
-    return next(segment for segment in schedule if epoch < segment['epochs'][1])
-
-
-def rate_at(segment, epoch):
-    """The learning rate of a segment, at a fraction of an epoch."""
-    return float(np.interp(epoch, segment['epochs'], segment['rates']))
-
-
-@dataclass
-class TrainingImages(Dataset):
-    """Random views of pictures, as a schedule wants them. A view's key is (its number, epoch)."""
-
-    pictures: Pictures
-    schedule: list
-    seed: int
-    flip: str  # one of FLIPS
-
-    def __getitem__(self, key):
-        """(uint8 image (3, pixels, pixels), label), or the path of a damaged picture."""
-        index, epoch = key
-        segment = segment_of(self.schedule, epoch)
-        crop = random_crop(segment['pixels'], segment['least_area'])
-        probability = float(is_mirrored(self.flip, self.seed, epoch, index))  # 0 or 1
-        transform = v2.Compose([crop, v2.RandomHorizontalFlip(probability)])
-        stream = np.random.SeedSequence((self.seed, index, 1 + epoch))
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
-            torch.manual_seed(int(stream.generate_state(1, np.uint64)[0]))
-            return self.pictures.view(index, transform)
-
-    @property
-    def epochs(self):
-        """All that the schedule has, as a range."""
-        return range(self.schedule[0]['epochs'][0], self.schedule[-1]['epochs'][1])
-
-    def steps(self, epoch):
-        """How many steps an epoch has. Images that fill no step are left out. Raises UserError."""
-        segment = segment_of(self.schedule, epoch)
-        needed = segment['shards'] * segment['batch']
-        if needed > len(self.pictures):
-            found = f'has {len(self.pictures)} pictures, and a step needs {needed}'
-            raise UserError(f'{self.pictures.root}: {found}; choose another --scale')
-        return len(self.pictures) // needed
-
-    def keys(self, epochs, ranks):
-        """Yield the keys of each shard that this rank has. Raises UserError if they can't share."""
-        for epoch in epochs:
-            segment = segment_of(self.schedule, epoch)
-            if segment['shards'] % ranks.size:
-                found = f'{ranks.size} ranks cannot share {segment["shards"]} shards evenly'
-                raise UserError(f'{found}; start another number of processes')
-            shape = self.steps(epoch), segment['shards'], segment['batch']
-            order = np.random.default_rng((self.seed, epoch, 0, 1)).permutation(len(self.pictures))
-            shards = order[: math.prod(shape)].reshape(shape)[:, ranks.rank :: ranks.size]
-            for indices in shards.reshape(-1, segment['batch']).tolist():
-                yield [(index, epoch) for index in indices]
-
-
-#### Test images ###################################################################################
-
-
-@dataclass
-class TestImages(Dataset):
-    """The centres of pictures: CC(pixels, share) of the paper. A view's key is its number."""
-
-    pictures: Pictures
-    pixels: int
-    share: float  # of the resized picture's shorter side
-
-    def __getitem__(self, index):
-        """(uint8 image (3, pixels, pixels), label), or the path of a damaged picture."""
-        resize = v2.Resize(round(self.pixels / self.share))
-        return self.pictures.view(index, v2.Compose([resize, v2.CenterCrop(self.pixels)]))
-
-
-#### Place #########################################################################################
 
 
 @dataclass
@@ -222,6 +45,11 @@ class Place:
     device: torch.device
     dtype: torch.dtype  # of autocast
     workers: int  # processes of each loader
+
+    def describe_data(self):
+        """What the records say about the pictures."""
+        sizes = {'train': len(self.train), 'val': len(self.val)}
+        return {'path': str(self.train.root.parent), 'classes': len(self.train.classes)} | sizes
 
     @property
     def memory_format(self):
@@ -239,11 +67,14 @@ class Place:
 
         Args:
             images: TrainingImages or TestImages.
+
+        Raises UserError if too many pictures are damaged.
         """
         options = {'num_workers': self.workers, 'pin_memory': self.device.type == 'cuda'}
         loader = DataLoader(images, batch_sampler=keys, collate_fn=stack, **options)
-        for pixels, labels, damaged in loader:
+        for whole, damaged in loader:
             images.pictures.report(damaged)
+            pixels, labels = whole
             pixels = pixels.to(self.device, non_blocking=True)
             inputs = v2.functional.normalize(pixels.float(), MEAN, STD)
             inputs = inputs.contiguous(memory_format=self.memory_format)
@@ -251,7 +82,9 @@ class Place:
 
     def checkpoint(self, cell, seed, part='network'):
         """The file for a part of a training that may be interrupted."""
-        return self.folder / 'checkpoints' / f'{cell_file(self.folder, cell, seed).stem}-{part}.pt'
+        folder = self.folder / 'checkpoints'
+        folder.mkdir(exist_ok=True)
+        return folder / f'{cell_file(self.folder, cell, seed).stem}-{part}.pt'
 
     def remove_checkpoints(self, cell, seed):
         for file in self.checkpoint(cell, seed).parent.glob(self.checkpoint(cell, seed, '*').name):
@@ -357,7 +190,8 @@ def fit(net, images, place, ranks, checkpoint):
     Returns:
         {'training_seconds': without validation, 'losses': mean training loss of each epoch}.
 
-    Raises UserError if the network diverges, or the ranks cannot share the shards.
+    Raises UserError if the network diverges, too many pictures are damaged, or the ranks cannot
+    share the shards.
     """
     optimizer = make_optimizer(net, place.settings['momentum'], place.settings['weight_decay'])
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
@@ -410,8 +244,8 @@ def evaluate(net, crop, place, ranks):
         image and its mirror image}.
     """
     images = TestImages(place.val, *crop)
-    own = np.arange(ranks.rank, len(place.val), ranks.size)
-    keys = np.array_split(own, math.ceil(len(own) / TEST_BATCH))
+    own = range(ranks.rank, len(place.val), ranks.size)
+    keys = [own[i : i + TEST_BATCH] for i in range(0, len(own), TEST_BATCH)]
     net.eval()
     counts = torch.zeros(5, device=place.device)
     for inputs, labels in place.batches(images, progress(keys, 'test')):
@@ -428,24 +262,15 @@ def evaluate(net, crop, place, ranks):
 #### Command line ##################################################################################
 
 
-def make_parser(study):
-    parser = Parser(f'python -m studies.{study.name}', study.about)
+def add_options(parser):
+    """The options for data and precision, instead of those of common.py."""
     add = parser.add_argument
-    nets = list(study.scales)
-    if len(nets) > 1:
-        add('--net', choices=nets, default=nets[0])
-    add('--scale', choices=study.scales[nets[0]], default='small')
     add('--data', type=Path, help='folder with train/CLASS/* and val/CLASS/*')
-    add('--out', type=Path, help='folder for the records; the same command again goes on')
-    add('--device', help='cuda, cuda:1, mps or cpu (default: the best available)')
     about = 'of mixed precision (default: bfloat16, if the device computes it)'
     add('--dtype', choices=DTYPES, help=about)
     workers = min(16, os.cpu_count() // number_from('LOCAL_WORLD_SIZE', 1))
     about = 'processes that read pictures (default: as many as cores, up to 16 for each rank)'
     add('--workers', type=int, default=workers, help=about)
-    add('--show', action='store_true', help='train nothing; make table and pictures again')
-    parser.set_defaults(net=nets[0])
-    return parser
 
 
 def pick_autocast(name, device):
@@ -459,32 +284,19 @@ def pick_autocast(name, device):
     return pick_dtype(name, device)
 
 
-def open_place(study, args, folder):
+def open_place(settings, args, folder):
     """The place that the command line asks for. Raises UserError."""
     if args.data is None:
         raise UserError('give --data a folder with train/CLASS/* and val/CLASS/*')
     if args.workers < 0:
         raise UserError(f'--workers {args.workers}: must be 0 or more')
-    settings = study.scales[args.net][args.scale] | {'net': args.net}
     device = pick_device(args.device)
     dtype = pick_autocast(args.dtype, device)
     torch.backends.cudnn.benchmark = True
     return Place(settings, folder, *open_data(args.data), device, dtype, args.workers)
 
 
-def train_all(study, args, place):
-    """Train all that the study plans, together with other commands that have the same --out."""
-    sizes = {'classes': len(place.train.classes), 'train': len(place.train), 'val': len(place.val)}
-    config = {'study': study.name, 'scale': args.scale, 'settings': place.settings}
-    config |= {'data': {'path': str(args.data)} | sizes, 'dtype': str(place.dtype)}
-    open_log(place.folder, config)
-    for name in ('cells', 'checkpoints'):
-        (place.folder / name).mkdir(exist_ok=True)
-    about = f'{study.name}, {args.net}, {args.scale} scale, on {place.device}'
-    print(f'{about}; records in {place.folder}', flush=True)
-    train_missing(study, place)
-
-
 def train_cells(study, args, folder):
-    """Train all that the study plans, each network in one process."""
-    train_all(study, args, open_place(study, args, folder))
+    """Do all that the study plans, each network in one process."""
+    place = open_place(settings_of(study, args), args, folder)
+    train_planned(study, args.scale, place, place.describe_data())

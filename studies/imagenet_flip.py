@@ -23,26 +23,10 @@ import numpy as np
 
 import swap94
 from lab.errors import UserError
-from lab.summary import new_figure
-from studies.common import (
-    COLOURS,
-    Study,
-    by_seed,
-    in_cell,
-    mean_and_interval,
-    paired_p,
-    run_study,
-    save_both,
-)
-from studies.imagenet import (
-    FLIPS,
-    TrainingImages,
-    evaluate,
-    fit,
-    make_net,
-    make_parser,
-    train_cells,
-)
+from studies import imagenet
+from studies.common import Study, in_cell, run_study
+from studies.pictures import FLIPS, TrainingImages, segment
+from studies.show import COLOURS, mean_text, new_figure, paired_p, print_table, save_both
 
 LEAST_AREAS = {'heavy': 0.08, 'light': None}
 OPTIMIZER = {'momentum': 0.9, 'weight_decay': 5e-5, 'label_smoothing': 0.1}
@@ -75,16 +59,6 @@ SCALES = {
         'test_crops': [[84, 0.875], [64, 1.0]],
         **OPTIMIZER,
     },
-    'smoke': {
-        'cells': [['light', 3, [1, 1, 1]], ['heavy', 3, [0, 0, 1]]],
-        'pixels': [32, 40],
-        'batch': 8,
-        'rate': 0.02,
-        'warm_up': 1,
-        'blurs': True,
-        'test_crops': [[48, 0.875], [40, 1.0]],
-        **OPTIMIZER,
-    },
 }
 # Table 3: mean top-1 accuracy in percent with each of FLIPS.
 # (crop, epochs, number of the test crop, whether with TTA)
@@ -102,21 +76,21 @@ PUBLISHED = {
 }
 
 
-#### Training ######################################################################################
+#### What to train #################################################################################
 
 
 def schedule_of(crop, epochs, settings):
     """The rate rises to its peak and falls to 0, and the crops grow after 3/4 of the epochs."""
     peak, grows = settings['warm_up'], epochs * 3 // 4
     small, large = settings['pixels']
-    at_growth = settings['rate'] * (epochs - grows) / (epochs - peak)
-    always = {'least_area': LEAST_AREAS[crop], 'shards': 1, 'batch': settings['batch']}
-    parts = [
-        {'epochs': [0, peak], 'pixels': small, 'rates': [0, settings['rate']]},
-        {'epochs': [peak, grows], 'pixels': small, 'rates': [settings['rate'], at_growth]},
-        {'epochs': [grows, epochs], 'pixels': large, 'rates': [at_growth, 0]},
+    highest = settings['rate']
+    at_growth = highest * (epochs - grows) / (epochs - peak)
+    always = LEAST_AREAS[crop], 1, settings['batch']  # one shard
+    return [
+        segment([0, peak], small, *always, [0, highest]),
+        segment([peak, grows], small, *always, [highest, at_growth]),
+        segment([grows, epochs], large, *always, [at_growth, 0]),
     ]
-    return [part | always for part in parts]
 
 
 def plan(settings, records):
@@ -135,16 +109,16 @@ def train(cell, seed, place):
     alone = swap94.Ranks()
     schedule = schedule_of(cell['crop'], cell['epochs'], place.settings)
     images = TrainingImages(place.train, schedule, seed, cell['flip'])
-    net = make_net(place, seed)
-    record = fit(net, images, place, alone, place.checkpoint(cell, seed))
+    net = imagenet.make_net(place, seed)
+    record = imagenet.fit(net, images, place, alone, place.checkpoint(cell, seed))
     crops = place.settings['test_crops']
-    record['accuracies'] = [evaluate(net, crop, place, alone) for crop in crops]
+    record['accuracies'] = [imagenet.evaluate(net, crop, place, alone) for crop in crops]
     record['damaged'] = len(place.train.damaged | place.val.damaged)
     place.remove_checkpoints(cell, seed)
     return record
 
 
-#### Table and picture #############################################################################
+#### What to show ##################################################################################
 
 
 def accuracies_of(records, crop, epochs, test_crop, has_tta):
@@ -152,7 +126,7 @@ def accuracies_of(records, crop, epochs, test_crop, has_tta):
     key = 'tta_top1' if has_tta else 'top1'
     found = {}
     for flip in FLIPS:
-        of_flip = by_seed(records, crop=crop, epochs=epochs, flip=flip)
+        of_flip = in_cell(records, crop=crop, epochs=epochs, flip=flip)
         found[flip] = {r['seed']: 100 * r['accuracies'][test_crop][key] for r in of_flip}
     return found
 
@@ -165,77 +139,93 @@ def rows_of(settings):
                 yield crop, epochs, test_crop, has_tta
 
 
-def test_crop_of(settings, row):
-    pixels, share = settings['test_crops'][row[2]]
+def crop_name(settings, test_crop):
+    pixels, share = settings['test_crops'][test_crop]
     return f'CC({pixels}, {share})'
 
 
 def name_of(settings, row):
-    crop, epochs, _, has_tta = row
-    return f'{crop:5} {epochs:6} {test_crop_of(settings, row):14} {"yes" if has_tta else "no":>3}'
+    crop, epochs, test_crop, has_tta = row
+    tta = 'with TTA' if has_tta else 'without TTA'
+    return f'{crop}, {epochs} epochs, {crop_name(settings, test_crop)}, {tta}'
 
 
 def print_accuracies(records, settings):
     print('top-1 accuracy in %, with the 95% interval of its mean, and the number of networks')
-    print(f'crop  epochs test crop      TTA{"".join(f"{flip:>20}" for flip in FLIPS)}')
+    rows = []
     for row in rows_of(settings):
-        line = name_of(settings, row)
+        texts = [name_of(settings, row)]
         for values in accuracies_of(records, *row).values():
             if values:
-                mean, half = mean_and_interval(list(values.values()))
-                line += f'{mean:9.2f} +-{half:5.2f}{len(values):3}'
+                texts.append(f'{mean_text(list(values.values()), ".2f")} ({len(values)})')
             else:
-                line += f'{"-":>20}'
-        print(line)
+                texts.append('-')
+        rows.append(texts)
+    print_table(['', *FLIPS], rows)
 
 
 def print_gains(records, settings):
     """How much better each flip is than the one before, for seeds that both have."""
     print('\ngain in points, with its 95% interval, and one-sided p')
-    print(f'crop  epochs test crop      TTA{"random over none":>24}{"alternating over random":>28}')
+    rows = []
     for row in rows_of(settings):
-        line = name_of(settings, row)
+        texts = [name_of(settings, row)]
         accuracies = list(accuracies_of(records, *row).values())
         for before, after in itertools.pairwise(accuracies):
             gains = [after[seed] - before[seed] for seed in after if seed in before]
             if len(gains) < 2:
-                line += f'{"-":>24}'
+                texts += ['-', '-']
             else:
-                gain, half = mean_and_interval(gains)
-                line += f'{gain:+8.2f} +-{half:5.2f} {paired_p(gains, 0):8.2g}'
-        print(line)
+                texts += [mean_text(gains, '+.2f'), f'{paired_p(gains, 0):.2g}']
+        rows.append(texts)
+    print_table(['', 'random over none', 'p', 'alternating over random', 'p'], rows)
 
 
 def print_published():
     print('\nof the paper, on ImageNet:')
+    rows = []
     for row, means in PUBLISHED.items():
-        line = name_of(SCALES['paper'], row)
-        for mean in means:
-            line += f'{mean:9.2f}{"":11}' if mean else f'{"-":>9}{"":11}'
-        print(line.rstrip())
+        texts = [f'{mean:.2f}' if mean else '-' for mean in means]
+        rows.append([name_of(SCALES['paper'], row), *texts])
+    print_table(['', *FLIPS], rows)
+
+
+def published_accuracies(row):
+    """A row of Table 3, in the form of accuracies_of. Its means stand for one network each."""
+    means = PUBLISHED.get(row, [None] * len(FLIPS))
+    return {flip: {0: mean} if mean else {} for flip, mean in zip(FLIPS, means)}
 
 
 def draw(records, settings, stem):
-    """Every network's accuracy, and the means."""
-    figure = new_figure(9, 3 * len(settings['cells']))
-    panels = figure.subplots(len(settings['cells']), 1, squeeze=False)[:, 0]
-    for axes, (crop, epochs, _) in zip(panels, settings['cells']):
+    """For each cell, every network's accuracy and the means; and the paper's means."""
+    cells = settings['cells']
+    figure = new_figure(12, 3.6 * len(cells))
+    grid = figure.subplots(len(cells), 2, squeeze=False)
+    for (crop, epochs, _), (ours, theirs) in zip(cells, grid):
         rows = [row for row in rows_of(settings) if row[:2] == (crop, epochs)]
-        for i, row in enumerate(rows):
-            accuracies = accuracies_of(records, *row)
-            for flip, colour, aside in zip(FLIPS, COLOURS, (-0.2, 0, 0.2)):
-                values = list(accuracies[flip].values())
-                label = flip if i == 0 else None
-                x = np.full(len(values), i + aside)
-                axes.plot(x, values, 'o', color=colour, alpha=0.5, label=label)
-                if values:
-                    axes.plot(i + aside, np.mean(values), '_', color='black', markersize=20)
-        suffixes = [', TTA' if has_tta else '' for *_, has_tta in rows]
-        names = [test_crop_of(settings, row) + suffix for row, suffix in zip(rows, suffixes)]
-        axes.set_xticks(range(len(rows)), names)
-        axes.set(ylabel='top-1 accuracy (%)', title=f'{crop} crop, {epochs} epochs')
-    panels[0].legend(frameon=False)
+        draw_rows(ours, settings, rows, [accuracies_of(records, *row) for row in rows])
+        draw_rows(theirs, SCALES['paper'], rows, [published_accuracies(row) for row in rows])
+        ours.set(title=f'{crop} crop, {epochs} epochs, here', ylabel='top-1 accuracy (%)')
+        theirs.set(title='paper')
+    handles = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc='outside upper center', ncols=len(FLIPS))
     save_both(figure, stem)
+
+
+def draw_rows(axes, settings, rows, accuracies):
+    """A panel with the networks of each row, and a line at each flip's mean."""
+    for i, of_row in enumerate(accuracies):
+        for flip, colour, aside in zip(FLIPS, COLOURS, (-0.2, 0, 0.2)):
+            values = list(of_row[flip].values())
+            label = flip if i == 0 else None
+            x = np.full(len(values), i + aside)
+            axes.plot(x, values, 'o', color=colour, alpha=0.5, label=label)
+            if values:
+                axes.plot(i + aside, np.mean(values), '_', color='black', markersize=20)
+    names = []
+    for _, _, test_crop, has_tta in rows:
+        names.append(crop_name(settings, test_crop) + ('\nTTA' if has_tta else ''))
+    axes.set_xticks(range(len(rows)), names)
 
 
 def show(config, records, folder):
@@ -248,7 +238,8 @@ def show(config, records, folder):
     draw(records, settings, folder / 'imagenet_flip')
 
 
-STUDY = Study('imagenet_flip', __doc__, {'resnet18': SCALES}, plan, train, show)
+OWN = {'add_options': imagenet.add_options, 'train_cells': imagenet.train_cells}
+STUDY = Study('imagenet_flip', __doc__, {'resnet18': SCALES}, plan, train, show, **OWN)
 
 if __name__ == '__main__':
-    sys.exit(run_study(STUDY, make_parser=make_parser, train_cells=train_cells))
+    sys.exit(run_study(STUDY))

@@ -26,22 +26,21 @@ from torch.optim.swa_utils import update_bn
 
 import swap94
 from lab.errors import UserError
-from lab.summary import new_figure
 from lab.training import join_ranks
 from studies import imagenet
 from studies.common import (
-    COLOURS,
     Study,
-    by_seed,
-    mean_and_interval,
-    paired_p,
+    for_each_seed,
+    in_cell,
     run_study,
-    save_both,
-    two_whole_seeds,
+    settings_of,
+    train_planned,
+    whole_seeds,
 )
+from studies.pictures import TrainingImages, rate_at, segment, segment_of
+from studies.show import COLOURS, new_figure, print_table, save_both
+from studies.swap_tables import METHODS, ROWS, draw_methods, print_gains
 
-METHODS = ['small-batch', 'large-batch', 'swap']
-ROWS = ['small-batch', 'large-batch', 'SWAP, before averaging', 'SWAP, after averaging']
 # Table 3: top-1 and top-5 accuracy in % with standard deviations, and minutes, of each of ROWS.
 PUBLISHED = [
     (76.14, 0.07, 93.30, 0.07, 235.29),
@@ -49,16 +48,6 @@ PUBLISHED = [
     (75.96, 0.02, 93.15, 0.02, 149.12),
     (76.19, 0.03, 93.32, 0.02, 156.55),
 ]
-
-
-#### Settings ######################################################################################
-
-
-def segment(epochs, pixels, least_area, shards, batch, rates):
-    names = ('epochs', 'pixels', 'least_area', 'shards', 'batch', 'rates')
-    return dict(zip(names, (epochs, pixels, least_area, shards, batch, rates)))
-
-
 COMMON = {
     'switch': 22,  # the epoch in which SWAP's large batches end
     'workers': 2,
@@ -93,18 +82,10 @@ SCALES = {
         'test_crop': [80, 0.875],
         'runs': 3,
     },
-    'smoke': COMMON
-    | {
-        'schedule': [
-            segment([0, 1], 32, 0.5, 2, 8, [0.01, 0.02]),
-            segment([1, 2], 40, 0.5, 2, 8, [0.02, 0.002]),
-            segment([2, 3], 40, 0.5, 2, 4, [0.002, 0.0002]),
-        ],
-        'switch': 2,
-        'test_crop': [40, 0.875],
-        'runs': 2,
-    },
 }
+
+
+#### What to train #################################################################################
 
 
 def doubled(schedule):
@@ -125,13 +106,10 @@ def schedules_of(settings):
     return {'small-batch': [small], 'large-batch': [large], 'swap': [phase1, phase2]}
 
 
-#### Training ######################################################################################
-
-
 def plan(settings, records):
     """Every method, seed by seed."""
     cells = [{'method': method} for method in METHODS]
-    return [(cell, seed) for seed in range(settings['runs']) for cell in cells]
+    return for_each_seed(cells, settings)
 
 
 def half_of(everyone):
@@ -146,7 +124,7 @@ def train(cell, seed, place):
     everyone = swap94.all_ranks()
     ranks = half_of(everyone) if cell['method'] == 'small-batch' else everyone
     first, *rest = schedules_of(place.settings)[cell['method']]
-    images = imagenet.TrainingImages(place.train, first, seed, 'random')
+    images = TrainingImages(place.train, first, seed, 'random')
     net = imagenet.make_net(place, seed)
     record = imagenet.fit(net, images, place, ranks, place.checkpoint(cell, seed))
     if rest:
@@ -173,7 +151,7 @@ def train_workers(cell, seed, place, net, schedule):
     for worker in range(everyone.rank // half.size, place.settings['workers'], step):
         net.load_state_dict(before)
         worker_seed = swap94.worker_seed(seed, worker)
-        images = imagenet.TrainingImages(place.train, schedule, worker_seed, 'random')
+        images = TrainingImages(place.train, schedule, worker_seed, 'random')
         checkpoint = place.checkpoint(cell, seed, f'worker{worker}')
         record = imagenet.fit(net, images, place, half, checkpoint)
         record |= imagenet.evaluate(net, place.settings['test_crop'], place, half)
@@ -182,7 +160,7 @@ def train_workers(cell, seed, place, net, schedule):
     of_ranks = everyone.gather(records)  # now all have finished, and the clock can start
     start = swap94.clock(place.device)
     average(net, weights, everyone)
-    images = imagenet.TrainingImages(place.train, schedule, seed, 'random')
+    images = TrainingImages(place.train, schedule, seed, 'random')
     recompute_statistics(net, images, place, everyone)
     averaging_seconds = swap94.clock(place.device) - start
     seconds = [sum(record['training_seconds'] for record in records) for records in of_ranks]
@@ -209,7 +187,7 @@ def recompute_statistics(net, images, place, ranks):
     """Compute BatchNorm's statistics anew, from a share of the images of the last epoch."""
     last = images.epochs[-1:]
     steps = math.ceil(place.settings['statistics'] * images.steps(last[0]))
-    shards = imagenet.segment_of(images.schedule, last[0])['shards'] // ranks.size
+    shards = segment_of(images.schedule, last[0])['shards'] // ranks.size
     keys = itertools.islice(images.keys(last, ranks), steps * shards)
     with place.autocast():
         update_bn(place.batches(images, keys), net)
@@ -236,124 +214,108 @@ def follow(place):
 
 def train_together(study, args, folder):
     """Train all that the study plans. All processes of torchrun train each network together."""
-    place = imagenet.open_place(study, args, folder)
+    place = imagenet.open_place(settings_of(study, args), args, folder)
     join_ranks(swap94, place.device)
     everyone = swap94.all_ranks()
     if everyone.rank > 0:
         follow(place)
         return
-    imagenet.train_all(study, args, place)
+    train_planned(study, args.scale, place, place.describe_data())
     everyone.gather(None)
 
 
-#### Tables and pictures ###########################################################################
+#### What to show ##################################################################################
 
 
-def values_of(records, key):
+def accuracies_of(records, key):
     """{row: accuracies in percent, by seed}. Those before averaging are means of the workers'."""
-    found = {}
-    for method, row in zip(METHODS, [*ROWS[:2], ROWS[3]]):
-        of_method = by_seed(records, method=method)
-        found[row] = np.array([100 * record[key] for record in of_method])
-    of_workers = [[worker[key] for worker in record['workers']] for record in of_method]
-    found[ROWS[2]] = 100 * np.mean(of_workers, axis=1)
-    return found
+    small, large, swap = [in_cell(records, method=method) for method in METHODS]
+    groups = [[record[key] for record in of_method] for of_method in (small, large)]
+    groups.append([np.mean([worker[key] for worker in record['workers']]) for record in swap])
+    groups.append([record[key] for record in swap])
+    return {row: 100 * np.array(group) for row, group in zip(ROWS, groups)}
 
 
 def seconds_of(records):
     """{row: mean seconds of training}."""
-    found = {}
-    for method, row in zip(METHODS, ROWS):
-        of_method = by_seed(records, method=method)
-        found[row] = np.mean([record['training_seconds'] for record in of_method])
-    found[ROWS[2]] += np.mean([record['phase2_seconds'] for record in of_method])
-    averaging = np.mean([record['averaging_seconds'] for record in of_method])
-    found[ROWS[3]] = found[ROWS[2]] + averaging
-    return found
+    small, large, swap = [in_cell(records, method=method) for method in METHODS]
+    groups = [[record['training_seconds'] for record in of_method] for of_method in (small, large)]
+    groups.append([record['training_seconds'] + record['phase2_seconds'] for record in swap])
+    averaging = [record['averaging_seconds'] for record in swap]
+    groups.append(np.add(groups[-1], averaging))
+    return {row: np.mean(group) for row, group in zip(ROWS, groups)}
 
 
 def print_schedules(settings):
     """Figure 5's schedules, as a table."""
-    print('method       epochs    pixels  images a step  learning rate')
+    rows = []
     for method, schedules in schedules_of(settings).items():
         for part in itertools.chain(*schedules):
             (first, last), (start, end) = part['epochs'], part['rates']
-            line = f'{method:11} {first:3} to {last:3} {part["pixels"]:9}'
-            print(f'{line} {part["shards"] * part["batch"]:14}  {start:.3g} to {end:.3g}')
+            images = str(part['shards'] * part['batch'])
+            rate = f'{start:.3g} to {end:.3g}'
+            rows.append([method, f'{first} to {last}', str(part['pixels']), images, rate])
+    print_table(['method', 'epochs', 'pixels', 'images a step', 'learning rate'], rows)
 
 
-def print_table(top1, top5, seconds):
+def print_accuracies(top1, top5, seconds):
     n = len(top1[ROWS[0]])
-    about = f'accuracy in %, n={n}, with its standard deviation'
-    print(f'\n{about:64} of the paper, on V100s:')
-    print(f'{"":22} {"top-1":>15} {"top-5":>15} {"seconds":>8}', end='')
-    print(f'{"top-1":>17} {"top-5":>15} {"seconds":>8}')
+    print(f'\naccuracy in %, n={n}, with its standard deviation; the paper on V100s')
+    rows = []
     for row, published in zip(ROWS, PUBLISHED):
-        mean1, deviation1, mean5, deviation5, minutes = published
-        line = f'{row:22}'
+        texts = [row]
         for values in (top1[row], top5[row]):
-            line += f' {values.mean():8.2f} +-{values.std(ddof=1):5.2f}'
-        line += f' {seconds[row]:8.0f}  {mean1:8.2f} +-{deviation1:5.2f}'
-        print(f'{line} {mean5:8.2f} +-{deviation5:5.2f} {60 * minutes:8.0f}')
-
-
-def print_gains(top1, top5):
-    print(
-        '\nSWAP after averaging over the others, with 95% interval; one-sided p that it is better'
-    )
-    for name, values in (('top-1', top1), ('top-5', top5)):
-        ours = values[ROWS[3]]
-        for row in (ROWS[2], ROWS[1], ROWS[0]):
-            gain, half = mean_and_interval(ours - values[row])
-            p = paired_p(ours, values[row])
-            print(f'  {name}, {row:22} {gain:+6.2f} +-{half:5.2f}, p={p:.2g}')
+            texts.append(f'{values.mean():.2f} +-{values.std(ddof=1):.2f}')
+        texts.append(f'{seconds[row]:.0f}')
+        top1_there, deviation1, top5_there, deviation5, minutes = published
+        texts.append(f'{top1_there:.2f} +-{deviation1:.2f}')
+        texts.append(f'{top5_there:.2f} +-{deviation5:.2f}')
+        rows.append([*texts, f'{60 * minutes:.0f}'])
+    print_table(['', 'top-1', 'top-5', 'seconds', 'paper: top-1', 'top-5', 'seconds'], rows)
 
 
 def draw_schedules(settings, stem):
-    """Figure 5: learning rate and images a step against epochs."""
-    figure = new_figure(9, 3)
-    left, right = figure.subplots(1, 2)
-    styles = zip(schedules_of(settings).items(), COLOURS, ('-', '-', '--'))
-    for (method, schedules), colour, style in styles:
-        parts = list(itertools.chain(*schedules))
-        epochs = np.array([part['epochs'] for part in parts]).ravel()
-        rates = np.array([part['rates'] for part in parts]).ravel()
-        images = np.repeat([part['shards'] * part['batch'] for part in parts], 2)
+    """Figure 5: learning rate and images a step against epochs, here and in the paper."""
+    figure = new_figure(11, 7)
+    here, paper = figure.subplots(2, 2)
+    draw_schedule(*here, settings, 'here')
+    draw_schedule(*paper, SCALES['paper'], 'paper')
+    handles = here[0].get_legend_handles_labels()
+    figure.legend(*handles, loc='outside upper center', ncols=len(METHODS))
+    save_both(figure, stem)
+
+
+def draw_schedule(left, right, settings, title):
+    """Two panels with each method's learning rates, and its images a step."""
+    methods = schedules_of(settings).items()
+    for (method, schedules), colour, style in zip(methods, COLOURS, ('-', '-', '--')):
+        epochs, rates, images = [], [], []
+        for part in itertools.chain(*schedules):
+            of_part = np.linspace(*part['epochs'], 50)  # a line in the rate is a curve in its log
+            epochs.extend(of_part)
+            rates.extend(rate_at(part, epoch) for epoch in of_part)
+            images.extend([part['shards'] * part['batch']] * len(of_part))
         for axes, values in ((left, rates), (right, images)):
             axes.plot(epochs, values, style, color=colour, label=method)
-    left.set(xlabel='epoch', ylabel='learning rate', yscale='log')
-    right.set(xlabel='epoch', ylabel='images a step')
-    right.legend(frameon=False)
-    save_both(figure, stem)
-
-
-def draw_networks(top1, stem):
-    """Every network of every row, and their means."""
-    figure = new_figure(8, 2.6)
-    axes = figure.subplots()
-    for i, (row, colour) in enumerate(zip(ROWS, COLOURS)):
-        values = top1[row]
-        axes.plot(values, np.full(len(values), i), 'o', color=colour, alpha=0.5)
-        axes.plot([values.mean()], [i], '|', color='black', markersize=24)
-    axes.set_yticks(range(len(ROWS)), ROWS)
-    axes.set_ylim(len(ROWS) - 0.5, -0.5)
-    axes.set_xlabel('top-1 accuracy (%); the line is the mean')
-    save_both(figure, stem)
+    left.set(xlabel='epoch', ylabel='learning rate', yscale='log', title=title)
+    right.set(xlabel='epoch', ylabel='images a step', ylim=(0, None), title=title)
 
 
 def show(config, records, folder):
     settings = config['settings']
-    records = two_whole_seeds(records, plan(settings, []), folder)
-    top1, top5 = values_of(records, 'top1'), values_of(records, 'top5')
+    records = whole_seeds(records, plan(settings, []), folder, least=2)
+    top1, top5 = accuracies_of(records, 'top1'), accuracies_of(records, 'top5')
     print_schedules(settings)
-    print_table(top1, top5, seconds_of(records))
-    print_gains(top1, top5)
+    print_accuracies(top1, top5, seconds_of(records))
+    for kind, accuracies in (('top-1', top1), ('top-5', top5)):
+        print_gains(accuracies, f'{kind} accuracy of SWAP after averaging over the others')
     draw_schedules(settings, folder / 'schedules')
-    draw_networks(top1, folder / 'imagenet_swap')
+    draw_methods(top1, PUBLISHED, folder / 'imagenet_swap')
 
 
 NETS = {'resnet18': SCALES, 'resnet50': SCALES}
-STUDY = Study('imagenet_swap', __doc__, NETS, plan, lead, show)
+OWN = {'add_options': imagenet.add_options, 'train_cells': train_together}
+STUDY = Study('imagenet_swap', __doc__, NETS, plan, lead, show, **OWN)
 
 if __name__ == '__main__':
-    sys.exit(run_study(STUDY, make_parser=imagenet.make_parser, train_cells=train_together))
+    sys.exit(run_study(STUDY))

@@ -104,9 +104,12 @@ def print_methods(records, accuracies, published):
             row += [f'{accuracy:.2f} +-{deviation:.2f}', str(seconds)]
         rows.append(row)
     print_table(titles if published else titles[:5], rows)
+
+
+def print_gains(accuracies, what='SWAP after averaging over the others'):
+    """How much better SWAP's averages are than the other rows, and p."""
     ours = accuracies[ROWS[3]]
-    others = 'SWAP after averaging over the others'
-    print(f'\n{others}, with 95% interval; one-sided p that it is better:')
+    print(f'\n{what}, with 95% interval; one-sided p that it is better:')
     for row in (ROWS[2], ROWS[1], ROWS[0]):
         gain, p = mean_text(ours - accuracies[row], '+.2f'), paired_p(ours, accuracies[row])
         print(f'  {row:22} {gain}, p={p:.2g}')
@@ -120,7 +123,7 @@ def draw_methods(accuracies, published, stem):
         ours.plot(values, np.full(len(values), i), 'o', color=colour, alpha=0.5)
         ours.plot([values.mean()], [i], '|', color='black', markersize=24)
         if published:
-            accuracy, deviation, _ = published[i]
+            accuracy, deviation, *_ = published[i]
             theirs.errorbar(accuracy, i, xerr=deviation, fmt='o', color=colour, capsize=3)
     ours.set_yticks(range(len(ROWS)), ROWS)
     ours.set(ylim=(len(ROWS) - 0.5, -0.5), title='here')
@@ -135,6 +138,7 @@ def show(config, records, folder):
     accuracies = accuracies_of(records)
     published = PUBLISHED.get(config['data']['classes'])
     print_methods(records, accuracies, published)
+    print_gains(accuracies)
     draw_methods(accuracies, published, folder / 'swap_tables')
 
 

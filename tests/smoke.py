@@ -1,6 +1,7 @@
 """Every study with settings so small that it takes seconds, to see it work.
 
 python -m tests.smoke flip --data digits
+python -m tests.smoke imagenet_flip --data PICTURES    # PICTURES/train/CLASS/*, val/CLASS/*
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import sys
 
 from studies import common, swap
 from studies.flip import NARROW
+from studies.pictures import segment
 from studies.swap import NARROW_RESNET9, NARROW_SMALL_BATCH, ONE_PHASE, phase
 
 # {study: what differs from its small scale}
@@ -95,6 +97,24 @@ SETTINGS = {
         'lr': 0.02,
         'teacher_epochs': 1,
         'epochs': 1,
+        'runs': 2,
+    },
+    'imagenet_flip': {
+        'cells': [['light', 3, [1, 1, 1]], ['heavy', 3, [0, 0, 1]]],
+        'pixels': [32, 40],
+        'batch': 8,
+        'rate': 0.02,
+        'warm_up': 1,
+        'test_crops': [[48, 0.875], [40, 1.0]],
+    },
+    'imagenet_swap': {
+        'schedule': [
+            segment([0, 1], 32, 0.5, 2, 8, [0.01, 0.02]),
+            segment([1, 2], 40, 0.5, 2, 8, [0.02, 0.002]),
+            segment([2, 3], 40, 0.5, 2, 4, [0.002, 0.0002]),
+        ],
+        'switch': 2,
+        'test_crop': [40, 0.875],
         'runs': 2,
     },
 }

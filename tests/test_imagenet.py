@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import smoke
 import torch
 import torchvision
 from conftest import SERVER
@@ -18,8 +19,8 @@ from torchvision.transforms import functional as v1
 
 import swap94
 from lab.errors import UserError
-from studies import imagenet, imagenet_flip, imagenet_swap
-from studies.imagenet import TrainingImages
+from studies import imagenet, imagenet_flip, imagenet_swap, pictures
+from studies.pictures import TrainingImages
 
 ALONE = swap94.Ranks()
 PIXELS = 16
@@ -46,7 +47,7 @@ def draw_pictures(folder, train, val, classes=2, size=(PIXELS, PIXELS)):
 
 
 @pytest.fixture(scope='module')
-def pictures(tmp_path_factory):
+def labelled(tmp_path_factory):
     """As many classes as training pictures, so that a label says which picture it is."""
     return draw_pictures(tmp_path_factory.mktemp('pictures'), TRAIN, TRAIN, classes=TRAIN)
 
@@ -57,7 +58,7 @@ def two_classes(tmp_path_factory):
 
 
 def segment(first, last, rates=(0.02, 0.01), least_area=None, shards=2, batch=4, pixels=PIXELS):
-    return imagenet_swap.segment([first, last], pixels, least_area, shards, batch, list(rates))
+    return pictures.segment([first, last], pixels, least_area, shards, batch, list(rates))
 
 
 SCHEDULE = [segment(0, 1), segment(1, 3, (0.01, 0.001), least_area=0.3)]
@@ -71,7 +72,7 @@ SETTINGS = {
 
 
 def make_place(data, folder, workers=0, dtype=torch.float32):
-    train, val = imagenet.open_data(Path(data))
+    train, val = pictures.open_data(Path(data))
     return imagenet.Place(SETTINGS, folder, train, val, torch.device('cpu'), dtype, workers)
 
 
@@ -117,9 +118,9 @@ def train_rank(data, classes, folder):
 
 
 @pytest.fixture(scope='module')
-def of_two_ranks(pictures, two_classes, tmp_path_factory):
+def of_two_ranks(labelled, two_classes, tmp_path_factory):
     folder = tmp_path_factory.mktemp('two')
-    on_ranks(2, train_rank, pictures, two_classes, folder)
+    on_ranks(2, train_rank, labelled, two_classes, folder)
     return [torch.load(folder / f'{rank}.pt') for rank in range(2)]
 
 
@@ -140,24 +141,24 @@ def mirrored(place, flip, epochs, ranks=ALONE):
     return found
 
 
-def test_alternating_flip_turns_over_every_epoch(pictures, tmp_path):
-    seen = mirrored(make_place(pictures, tmp_path), 'alternating', range(3))
+def test_alternating_flip_turns_over_every_epoch(labelled, tmp_path):
+    seen = mirrored(make_place(labelled, tmp_path), 'alternating', range(3))
     assert len(seen) == 3 * TRAIN
     for i in range(TRAIN):
         assert seen[i, 0] != seen[i, 1] != seen[i, 2]
     assert 0 < sum(seen[i, 0] for i in range(TRAIN)) < TRAIN
 
 
-def test_other_flips_are_none_and_random(pictures, tmp_path):
-    place = make_place(pictures, tmp_path)
+def test_other_flips_are_none_and_random(labelled, tmp_path):
+    place = make_place(labelled, tmp_path)
     assert not any(mirrored(place, 'none', range(1)).values())
     seen = mirrored(place, 'random', range(3))
     changes = sum(seen[i, 0] != seen[i, 1] for i in range(TRAIN))
     assert 0 < changes < TRAIN and seen == mirrored(place, 'random', range(3))
 
 
-def test_workers_ranks_and_resuming_change_no_flip(pictures, tmp_path, of_two_ranks):
-    place = make_place(pictures, tmp_path)
+def test_workers_ranks_and_resuming_change_no_flip(labelled, tmp_path, of_two_ranks):
+    place = make_place(labelled, tmp_path)
     seen = mirrored(place, 'alternating', range(3))
     assert mirrored(dataclasses.replace(place, workers=2), 'alternating', range(3)) == seen
     resumed = mirrored(place, 'alternating', range(1, 3))
@@ -214,13 +215,13 @@ def test_test_crops_are_torchvisions(tmp_path):
     place = make_place(draw_pictures(tmp_path / 'data', 1, 1, 1, (30, 50)), tmp_path)
     picture = place.val.loader(place.val.samples[0][0])
     for share, resized in ((0.875, 16), (1.0, 14)):
-        view, label = imagenet.TestImages(place.val, 14, share)[0]
+        view, label = pictures.TestImages(place.val, 14, share)[0]
         expected = v1.center_crop(v1.resize(picture, resized), 14)
         assert torch.equal(view, v1.pil_to_tensor(expected)) and label == 0
 
 
 def test_inputs_are_normalized(place):
-    images = imagenet.TestImages(place.val, PIXELS, 1.0)
+    images = pictures.TestImages(place.val, PIXELS, 1.0)
     inputs, labels = next(place.batches(images, [[0, VAL - 1]]))
     pixels = images[0][0] / 255
     expected = v1.normalize(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -232,10 +233,10 @@ def test_inputs_are_normalized(place):
 
 
 def schedules():
-    for scale, settings in imagenet_flip.SCALES.items():
+    for scale, settings in smoke.study_of('imagenet_flip').scales['resnet18'].items():
         for crop, epochs, _ in settings['cells']:
             yield f'flip {scale} {crop} {epochs}', imagenet_flip.schedule_of(crop, epochs, settings)
-    for scale, settings in imagenet_swap.SCALES.items():
+    for scale, settings in smoke.study_of('imagenet_swap').scales['resnet18'].items():
         for method, phases in imagenet_swap.schedules_of(settings).items():
             yield f'swap {scale} {method}', [part for phase in phases for part in phase]
 
@@ -247,11 +248,11 @@ def test_segments_follow_each_other(schedule):
         assert part['epochs'][1] == following['epochs'][0]
     for part in schedule:
         first, last = part['epochs']
-        assert imagenet.rate_at(part, first) == pytest.approx(part['rates'][0])
-        assert imagenet.rate_at(part, last) == pytest.approx(part['rates'][1])
+        assert pictures.rate_at(part, first) == pytest.approx(part['rates'][0])
+        assert pictures.rate_at(part, last) == pytest.approx(part['rates'][1])
         middle = sum(part['rates']) / 2
-        assert imagenet.rate_at(part, (first + last) / 2) == pytest.approx(middle)
-        assert imagenet.segment_of(schedule, first) is part
+        assert pictures.rate_at(part, (first + last) / 2) == pytest.approx(middle)
+        assert pictures.segment_of(schedule, first) is part
 
 
 #### Network and optimizer ####
@@ -324,7 +325,7 @@ def test_accuracies_are_those_of_all_ranks(of_two_ranks, place):
     net.load_state_dict(first['net'])
     assert first['accuracies'] == second['accuracies']
     assert imagenet.evaluate(net, (PIXELS, 1.0), place, ALONE) == first['accuracies']
-    images = imagenet.TestImages(place.val, PIXELS, 1.0)
+    images = pictures.TestImages(place.val, PIXELS, 1.0)
     ((inputs, labels),) = place.batches(images, [range(VAL)])
     with torch.no_grad():
         outputs = net(inputs)
@@ -378,7 +379,7 @@ def test_damaged_pictures_are_named_and_counted(tmp_path, capsys):
     first, *others = sorted((data / 'val' / 'class0').iterdir())
     first.write_bytes(first.read_bytes()[:-100])
     place = make_place(data, tmp_path)
-    images = imagenet.TestImages(place.val, 4, 1.0)
+    images = pictures.TestImages(place.val, 4, 1.0)
     keys = np.array_split(np.arange(1001), 7)
     assert sum(len(labels) for _, labels in place.batches(images, keys)) == 1000
     assert capsys.readouterr().out == f'{first}: is damaged, so we leave it out\n'
@@ -389,14 +390,14 @@ def test_damaged_pictures_are_named_and_counted(tmp_path, capsys):
 
 def test_folders_that_lack_something_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r'needs pictures in train/CLASS: .*No such file'):
-        imagenet.open_data(tmp_path)
+        pictures.open_data(tmp_path)
     data = draw_pictures(tmp_path, 4, 4)
     (data / 'val' / 'class2').mkdir()
     with pytest.raises(UserError, match='needs pictures in val/CLASS: Found no valid file'):
-        imagenet.open_data(data)
+        pictures.open_data(data)
     draw_picture(data / 'val' / 'class2' / '0.JPEG', 2, 0)
     with pytest.raises(UserError, match='only one of train and val has class2'):
-        imagenet.open_data(data)
+        pictures.open_data(data)
 
 
 def test_shards_and_steps_that_cannot_be_are_one_line(place):

@@ -1,16 +1,19 @@
 """The two studies of ImageNet: their settings, commands, tables, and SWAP's groups of ranks."""
 
+import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
+import smoke
 import torch
 from test_imagenet import draw_pictures, on_ranks
 from torch import nn
 
 import swap94
-from studies import common, imagenet, imagenet_flip, imagenet_swap
+from lab.errors import UserError
+from studies import common, imagenet_flip, imagenet_swap, pictures
 from studies.common import run_study
 
 PAPER = imagenet_swap.SCALES['paper']
@@ -22,19 +25,24 @@ def data(tmp_path_factory):
     return draw_pictures(tmp_path_factory.mktemp('data'), 33, 9, classes=3, size=(40, 48))
 
 
-def smoke(data, out):
+def smoke_call(data, out):
     options = ['--scale', 'smoke', '--device', 'cpu', '--dtype', 'float32', '--workers', '0']
     return [*options, '--data', str(data), '--out', str(out)]
 
 
+FLIP, SWAP = smoke.study_of('imagenet_flip'), smoke.study_of('imagenet_swap')
+
+
 def run_flip(*argv):
-    train_cells = imagenet.train_cells
-    return run_study(imagenet_flip.STUDY, argv, imagenet.make_parser, train_cells)
+    return run_study(FLIP, argv)
 
 
 def run_swap(*argv):
-    train_cells = imagenet_swap.train_together
-    return run_study(imagenet_swap.STUDY, argv, imagenet.make_parser, train_cells)
+    return run_study(SWAP, argv)
+
+
+def columns_of(table):
+    return [re.split('  +', line) for line in table.splitlines()]
 
 
 #### Flips ####
@@ -42,7 +50,7 @@ def run_swap(*argv):
 
 def test_the_flip_study_is_a_command(data, tmp_path, capsys):
     out = tmp_path / 'out'
-    assert run_flip(*smoke(data, out)) == 0
+    assert run_flip(*smoke_call(data, out)) == 0
     trained = capsys.readouterr().out
     records = common.read_cells(out)
     assert len(records) == 4 and not list((out / 'checkpoints').iterdir())
@@ -53,7 +61,9 @@ def test_the_flip_study_is_a_command(data, tmp_path, capsys):
         ]
     assert run_flip('--show', '--out', str(out)) == 0
     table = capsys.readouterr().out
-    assert table in trained and 'light     16 CC(192, 1.0)    no    61.79' in table
+    assert table in trained
+    row = 'light, 16 epochs, CC(192, 1.0), without TTA'
+    assert [row, '61.79', '64.50', '64.93'] in columns_of(table)
     assert (out / 'imagenet_flip.png').stat().st_size > 10_000
 
 
@@ -65,16 +75,16 @@ def test_the_papers_flip_settings():
     schedule = imagenet_flip.schedule_of('light', 16, settings)
     at = [(0, 160, 0.0), (1, 160, 0.25), (2, 160, 0.5), (9, 160, 0.25), (12, 192, 0.5 * 4 / 14)]
     for epoch, pixels, rate in at:
-        part = imagenet.segment_of(schedule, epoch)
+        part = pictures.segment_of(schedule, epoch)
         assert (part['pixels'], part['batch'], part['least_area']) == (pixels, 1024, None)
-        assert imagenet.rate_at(part, epoch) == pytest.approx(rate)
-    assert imagenet.rate_at(schedule[-1], 16) == 0
+        assert pictures.rate_at(part, epoch) == pytest.approx(rate)
+    assert pictures.rate_at(schedule[-1], 16) == 0
 
 
 def flip_records():
     """Records in which each flip is a point better than the one before, and more with each seed."""
     records = []
-    for i, flip in enumerate(imagenet.FLIPS):
+    for i, flip in enumerate(pictures.FLIPS):
         for seed in range(i, 4):  # the first seeds lack some flips
             top1 = 0.5 + 0.01 * i * (1 + 0.1 * seed)
             cell = {'crop': 'light', 'epochs': 3, 'flip': flip}
@@ -84,15 +94,14 @@ def flip_records():
 
 
 def test_gains_are_of_seeds_that_both_flips_have(capsys):
-    settings = imagenet_flip.SCALES['smoke']
+    settings = smoke.settings_of('imagenet_flip')
     imagenet_flip.print_accuracies(flip_records(), settings)
     imagenet_flip.print_gains(flip_records(), settings)
     lines = capsys.readouterr().out.splitlines()
-    rows = [line for line in lines if line.startswith('light')]
-    first = rows[0].split()
-    assert first[5:8] == ['50.00', '+-', '0.00'] and first[8] == '4'
-    gains = rows[4].split('no', 1)[1].replace('+-', '').split()
-    assert gains[0] == '+1.20' and gains[3] == '+1.25' and float(gains[2]) < 0.01
+    rows = [line.split('without TTA')[1].split() for line in lines if 'without' in line]
+    accuracies, gains = rows[0], rows[4]  # of two crops with two test crops each
+    assert accuracies[:3] == ['50.00', '+-0.00', '(4)']
+    assert (gains[0], gains[3]) == ('+1.20', '+1.25') and float(gains[2]) < 0.01
 
 
 #### SWAP ####
@@ -102,14 +111,14 @@ def test_gains_are_of_seeds_that_both_flips_have(capsys):
 def of_one(data, tmp_path_factory):
     """The folder of a study that one process made."""
     out = tmp_path_factory.mktemp('one') / 'out'
-    assert run_swap(*smoke(data, out)) == 0
+    assert run_swap(*smoke_call(data, out)) == 0
     return out
 
 
 def run_rank(data, out):
     rank = swap94.launched('RANK', 0)
     with open(out.parent / f'{rank}.log', 'w') as log, redirect_stdout(log), redirect_stderr(log):
-        sys.exit(run_swap(*smoke(data, out)))
+        sys.exit(run_swap(*smoke_call(data, out)))
 
 
 def test_four_ranks_train_the_networks_of_one(data, of_one, tmp_path, capsys):
@@ -141,15 +150,15 @@ def test_a_study_that_was_interrupted_before_averaging_trains_nothing_again(
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(imagenet_swap.STUDY, 'plan', plan)
+    monkeypatch.setattr(SWAP, 'plan', plan)
     monkeypatch.setattr(imagenet_swap, 'average', interrupt)
     out = tmp_path / 'out'
-    assert run_swap(*smoke(data, out)) == 130
+    assert run_swap(*smoke_call(data, out)) == 130
     files = sorted(file.name for file in (out / 'checkpoints').iterdir())
     assert files == [f'method=swap-seed=0-{part}.pt' for part in ('network', 'worker0', 'worker1')]
     monkeypatch.setattr(imagenet_swap, 'average', average)
     capsys.readouterr()
-    run_swap(*smoke(data, out))  # shows nothing yet, for lack of seeds
+    run_swap(*smoke_call(data, out))  # shows nothing yet, for lack of seeds
     assert 'epoch' not in capsys.readouterr().out
     (record,) = common.read_cells(out)
     undisturbed = common.read_cell(common.cell_file(of_one, *job))
@@ -178,21 +187,22 @@ def test_the_papers_swap_schedules():
 
 def test_only_an_even_number_of_ranks_has_halves():
     assert imagenet_swap.half_of(swap94.Ranks()).size == 1
-    with pytest.raises(imagenet.UserError, match='3 processes have no halves'):
+    with pytest.raises(UserError, match='3 processes have no halves'):
         imagenet_swap.half_of(swap94.Ranks(0, 3))
 
 
 def test_the_table_has_both_accuracies_and_the_papers(of_one, capsys):
     assert run_swap('--show', '--out', str(of_one)) == 0
     out = capsys.readouterr().out
-    assert 'swap          2 to   3        40              8  0.002 to 0.0002' in out
-    line = next(line for line in out.splitlines() if line.startswith('SWAP, after averaging'))
-    assert line.endswith('76.19 +- 0.03    93.32 +- 0.02     9393')
+    assert ['swap', '2 to 3', '40', '8', '0.002 to 0.0002'] in columns_of(out)
+    row = next(row for row in columns_of(out) if row[0] == 'SWAP, after averaging')
+    assert row[4:] == ['76.19 +-0.03', '93.32 +-0.02', '9393']
     records = common.read_cells(of_one)
-    top1 = imagenet_swap.values_of(records, 'top1')
+    top1 = imagenet_swap.accuracies_of(records, 'top1')
     workers = [r['workers'] for r in records if r['cell']['method'] == 'swap']
     means = [100 * np.mean([worker['top1'] for worker in of_seed]) for of_seed in workers]
     assert top1['SWAP, before averaging'] == pytest.approx(means)
+    assert list(top1) == imagenet_swap.ROWS  # which the picture counts on
     assert (of_one / 'schedules.png').stat().st_size > 10_000
 
 
@@ -216,6 +226,6 @@ def test_a_mistake_is_one_line(argv, line, tmp_path, capsys):
 
 def test_pictures_that_fill_no_step_are_one_line(tmp_path, capsys):
     few = draw_pictures(tmp_path / 'data', 12, 4, size=(40, 40))
-    assert run_swap(*smoke(few, tmp_path / 'out')) == 2
+    assert run_swap(*smoke_call(few, tmp_path / 'out')) == 2
     error = capsys.readouterr().err
     assert 'has 12 pictures, and a step needs 16; choose another --scale' in error

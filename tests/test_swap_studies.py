@@ -189,6 +189,7 @@ def test_the_table_tells_before_and_after_averaging(capsys):
     assert accuracies['SWAP, before averaging'] == pytest.approx([88, 87.95, 87.8])
     assert accuracies['SWAP, after averaging'] == pytest.approx([92, 93, 96])
     swap_tables.print_methods(records, accuracies, swap_tables.PUBLISHED[10])
+    swap_tables.print_gains(accuracies)
     output = capsys.readouterr().out
     assert '93.67' in output and '95.23' in output and '+5.75' in output
 
