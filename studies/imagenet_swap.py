@@ -160,8 +160,7 @@ def train_workers(cell, seed, place, net, schedule):
     of_ranks = everyone.gather(records)  # now all have finished, and the clock can start
     start = swap94.clock(place.device)
     average(net, weights, everyone)
-    images = TrainingImages(place.train, schedule, seed, 'random')
-    recompute_statistics(net, images, place, everyone)
+    recompute_statistics(net, schedule, seed, place)
     averaging_seconds = swap94.clock(place.device) - start
     seconds = [sum(record['training_seconds'] for record in records) for records in of_ranks]
     return {
@@ -183,15 +182,20 @@ def average(net, workers, ranks):
         p.copy_(ranks.sum(mean.contiguous()))
 
 
-def recompute_statistics(net, images, place, ranks):
-    """Compute BatchNorm's statistics anew, from a share of the images of the last epoch."""
+def recompute_statistics(net, schedule, seed, place):
+    """Compute BatchNorm's statistics anew, from a share of the images of a schedule's last epoch.
+
+    All ranks take part in it. So there are as many shards as in large batches.
+    """
+    everyone = swap94.all_ranks()
+    images = TrainingImages(place.train, doubled(schedule), seed, 'random')
     last = images.epochs[-1:]
     steps = math.ceil(place.settings['statistics'] * images.steps(last[0]))
-    shards = segment_of(images.schedule, last[0])['shards'] // ranks.size
-    keys = itertools.islice(images.keys(last, ranks), steps * shards)
+    shards = segment_of(images.schedule, last[0])['shards'] // everyone.size
+    keys = itertools.islice(images.keys(last, everyone), steps * shards)
     with place.autocast():
         update_bn(place.batches(images, keys), net)
-    imagenet.mean_statistics(net, ranks)
+    imagenet.mean_statistics(net, everyone)
 
 
 #### Ranks #########################################################################################

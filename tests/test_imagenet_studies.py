@@ -10,10 +10,11 @@ import smoke
 import torch
 from test_imagenet import draw_pictures, on_ranks
 from torch import nn
+from torch.testing import assert_close
 
 import swap94
 from lab.errors import UserError
-from studies import common, imagenet_flip, imagenet_swap, pictures
+from studies import common, imagenet, imagenet_flip, imagenet_swap, pictures
 from studies.common import run_study
 
 PAPER = imagenet_swap.SCALES['paper']
@@ -118,7 +119,20 @@ def of_one(data, tmp_path_factory):
 def run_rank(data, out):
     rank = swap94.launched('RANK', 0)
     with open(out.parent / f'{rank}.log', 'w') as log, redirect_stdout(log), redirect_stderr(log):
-        sys.exit(run_swap(*smoke_call(data, out)))
+        code = run_swap(*smoke_call(data, out))
+        torch.save(recomputed_statistics(data, out), out.parent / f'{rank}.pt')
+        sys.exit(code)
+
+
+def recomputed_statistics(data, folder):
+    """Those of SWAP's second phase, for an untrained network."""
+    settings = smoke.settings_of('imagenet_swap')
+    train, val = pictures.open_data(data)
+    place = imagenet.Place(settings, folder, train, val, torch.device('cpu'), torch.float32, 0)
+    net = imagenet.make_net(place, 5)
+    _, phase2 = imagenet_swap.schedules_of(settings)['swap']
+    imagenet_swap.recompute_statistics(net, phase2, 5, place)
+    return dict(net.named_buffers())
 
 
 def test_four_ranks_train_the_networks_of_one(data, of_one, tmp_path, capsys):
@@ -132,6 +146,12 @@ def test_four_ranks_train_the_networks_of_one(data, of_one, tmp_path, capsys):
         assert len(pairs) == (3 if one['cell']['method'] == 'swap' else 1)
         for a, b in pairs:
             assert b['losses'] == pytest.approx(a['losses'], rel=0.01)
+    expected = recomputed_statistics(data, tmp_path)
+    assert expected['bn1.running_mean'].abs().min() > 0
+    for rank in range(4):
+        for name, found in torch.load(tmp_path / f'{rank}.pt').items():
+            if 'running' in name:
+                assert_close(found, expected[name])
     assert not list((out / 'checkpoints').iterdir())
     assert run_swap('--show', '--out', str(out)) == 0
     assert capsys.readouterr().out in (tmp_path / '0.log').read_text()
