@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import swap94
-from lab.data import progress
+from lab.data import list_some, progress
 from lab.errors import UserError
 from lab.machine import DTYPES, is_first_process, number_from, pick_device, pick_dtype
 from studies.common import cell_file, settings_of, train_planned
@@ -74,6 +74,9 @@ class Place:
         loader = DataLoader(images, batch_sampler=keys, collate_fn=stack, **options)
         for whole, damaged in loader:
             images.pictures.report(damaged)
+            if whole is None:
+                found = f'all pictures of a batch are damaged: {list_some(damaged)}'
+                raise UserError(f'{images.pictures.root}: {found}; repair or delete them')
             pixels, labels = whole
             pixels = pixels.to(self.device, non_blocking=True)
             inputs = v2.functional.normalize(pixels.float(), MEAN, STD)

@@ -56,9 +56,14 @@ class Pictures(ImageFolder):
 
 
 def stack(views):
-    """((uint8 images (n, 3, H, W), int64 labels (n,)), paths of the damaged ones, left out)."""
+    """((uint8 images (n, 3, H, W), int64 labels (n,)), paths of the damaged ones, left out).
+
+    The first is None if all are damaged.
+    """
     damaged = [view for view in views if isinstance(view, str)]
     whole = [view for view in views if not isinstance(view, str)]
+    if not whole:
+        return None, damaged
     images, labels = zip(*whole)
     return (torch.stack(images), torch.tensor(labels)), damaged
 

@@ -388,6 +388,21 @@ def test_damaged_pictures_are_named_and_counted(tmp_path, capsys):
         list(place.batches(images, keys[:1]))
 
 
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_batch_without_a_whole_picture_is_one_line(workers, tmp_path):
+    data = draw_pictures(tmp_path / 'data', 8, 1001, classes=1, size=(4, 4))
+    for file in [*data.glob('train/*/*'), next(data.glob('val/*/*'))]:
+        file.write_text('no picture')
+    place = make_place(data, tmp_path, workers)
+    images = TrainingImages(place.train, [segment(0, 1)], 5, 'none')
+    with pytest.raises(UserError, match=r'of 8 pictures are damaged: .*more than one in'):
+        imagenet.fit(imagenet.make_net(place, 5), images, place, ALONE, None)
+    images = pictures.TestImages(place.val, 4, 1.0)
+    keys = [[i] for i in range(len(place.val))]
+    with pytest.raises(UserError, match=r'all pictures of a batch are damaged: .*; repair'):
+        list(place.batches(images, keys))
+
+
 def test_folders_that_lack_something_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r'needs pictures in train/CLASS: .*No such file'):
         pictures.open_data(tmp_path)
