@@ -199,14 +199,19 @@ def mean_pflop(content, runs):
     return float(np.mean(pflop)) if pflop and None not in pflop else math.nan
 
 
+def log_name(path):
+    """What we call a log: its file's name, or that of its folder."""
+    place = path.resolve()
+    if place.name == 'log.json':
+        place = place.parent
+    return place.name.removesuffix('.json')
+
+
 def read_log(path):
     """The Log in a file or folder. Raises UserError if it is not a log, or has no runs."""
     content = read_content(path)
     if content.get('runs') == []:
         raise NoLogError(f'{path}: has no runs; give a log that has some')
-    place = path.resolve()
-    if place.name == 'log.json':
-        place = place.parent
     try:
         runs = content['runs']
         finished = [run for run in runs if not run.get('failed')]
@@ -215,7 +220,7 @@ def read_log(path):
         calls = [content, *content.get('resumed', []), *runs]
         devices = {call['device'] for call in calls if 'device' in call}
         log = Log(
-            name=place.name.removesuffix('.json'),
+            name=log_name(path),
             accuracies=np.array([float(run['tta_val_acc']) for run in finished]),
             seconds=np.array([float(run['seconds']) for run in finished]),
             pflop=mean_pflop(content, finished or runs),

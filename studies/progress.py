@@ -49,6 +49,11 @@ def total_steps(place, hyp, phase):
     return sum(steps for _, steps in epochs)
 
 
+def spread(total, n):
+    """n steps from 0 to total, or all of them if there are fewer."""
+    return sorted(set(np.linspace(0, total, n, dtype=int).tolist()))
+
+
 def learning_rates(own, total):
     """The filters' learning rate at each of so many steps. own: the settings of a phase."""
     shares = [swap94.learning_rate_share(step, total, own['schedule']) for step in range(total)]
@@ -80,11 +85,7 @@ def train(cell, seed, place):
     """Accuracies from 0 to 1 of phase 1, of each worker and of the average, at some steps."""
     hyp = hyp_of(place, 'swap')
     totals = {phase: total_steps(place, hyp, phase) for phase in ('phase1', 'phase2')}
-    points = {}
-    for phase, total in totals.items():
-        points[phase] = sorted(
-            set(np.linspace(0, total, place.settings['points'], dtype=int).tolist())
-        )
+    points = {phase: spread(total, place.settings['points']) for phase, total in totals.items()}
 
     def accuracy(result, phase):
         net.load_state_dict(result['weights'])

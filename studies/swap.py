@@ -267,7 +267,10 @@ def train_swap(place, hyp, seed):
         check_finished(part, seed)
     names = ['phase1', *(f'worker{i}' for i in range(hyp['phase2']['workers']))]
     files = [folder / f'{name}.pt' for name in names]
-    phase1, *workers = [swap94.load_result(file, ALONE, place.device) for file in files]
+    results = [swap94.load_result(file, ALONE, place.device) for file in files]
+    if None in results:
+        raise UserError(f'{folder}: a network was not written; make room, and start again')
+    phase1, *workers = results
     return net, record, phase1, workers
 
 

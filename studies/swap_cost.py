@@ -40,7 +40,7 @@ import swap94
 from lab.errors import Parser, UserError, report_errors
 from lab.flops import evaluated_images, flop_of_steps, flop_per_image
 from lab.options import override
-from lab.summary import read_content, save_figure
+from lab.summary import log_name, read_content, save_figure
 from studies.show import new_figure, print_table
 from studies.swap import METHODS
 from studies.swap_tables import PUBLISHED, ROWS
@@ -151,10 +151,7 @@ def read_runs(path):
     except (IndexError, KeyError, TypeError) as error:
         message = f'{path}: is no log of swap94.py with finished runs; leave it out'
         raise UserError(message) from error
-    place = path.resolve()
-    if place.name == 'log.json':
-        place = place.parent
-    return place.name.removesuffix('.json'), hyp, runs
+    return log_name(path), hyp, runs
 
 
 def worker_accuracies(runs):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,28 @@ needs_compiler = pytest.mark.skipif(
 # Its processes have imported torch, recipes and studies when they start.
 SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload([f'studies.{path.stem}' for path in ROOT.glob('studies/*.py')])
+
+
+def run_rank(function, rank, ranks, port, args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def on_ranks(ranks, function, *args, seconds=240):
+    """Call a function in as many processes as torchrun would start, and wait for all of them."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        call = (function, rank, ranks, port, args)
+        processes.append(SERVER.Process(target=run_rank, args=call, daemon=True))
+        processes[-1].start()
+    for process in processes:
+        process.join(seconds)
+    assert [process.exitcode for process in processes] == [0] * ranks
 
 
 def random_set(n, seed=0, classes=10):

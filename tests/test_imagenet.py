@@ -2,8 +2,6 @@
 
 import dataclasses
 import itertools
-import os
-import socket
 import time
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 import smoke
 import torch
 import torchvision
-from conftest import SERVER
+from conftest import SERVER, on_ranks
 from PIL import Image
 from torch.testing import assert_close
 from torchvision.transforms import functional as v1
@@ -82,28 +80,6 @@ def place(two_classes, tmp_path):
 
 
 #### Ranks ####
-
-
-def run_rank(function, rank, ranks, port, args):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    function(*args)
-
-
-def on_ranks(ranks, function, *args):
-    """Call a function in as many processes as torchrun would start."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        call = (function, rank, ranks, port, args)
-        processes.append(SERVER.Process(target=run_rank, args=call, daemon=True))
-        processes[-1].start()
-    for process in processes:
-        process.join(240)
-    assert [process.exitcode for process in processes] == [0] * ranks
 
 
 def train_rank(data, classes, folder):

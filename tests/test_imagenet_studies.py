@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import smoke
 import torch
-from test_imagenet import draw_pictures, on_ranks
+from conftest import on_ranks
+from test_imagenet import draw_pictures
 from torch import nn
 from torch.testing import assert_close
 

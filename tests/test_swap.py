@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import pytest
 import scipy
 import torch
 import torch.distributed as dist
-from conftest import ONE_THREAD, ROOT, SERVER, call, load_log, random_set, refuse, save_set
+from conftest import ONE_THREAD, ROOT, call, load_log, on_ranks, random_set, refuse, save_set
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
@@ -120,11 +119,8 @@ def assert_mean(net, results):
 #### Any number of ranks trains the same network ####
 
 
-def train_rank(rank, ranks, port, runs, path):
+def train_rank(runs, path):
     """What torchrun has one of its processes do. Writes each run's result into a file."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    torch.set_num_threads(1)
     swap94.join_ranks(torch.device('cpu'))
     all_reduce = dist.all_reduce
     sent = []
@@ -139,21 +135,11 @@ def train_rank(rank, ranks, port, runs, path):
         hyp = override(swap94.hyp, settings)
         net, record = swap94.train(*load(dtype), hyp, seed=5)
         result = {'weights': net.state_dict(), 'record': record, 'sent': list(sent)}
-        torch.save(result, path / f'{name} {rank}.pt')
+        torch.save(result, path / f'{name} {dist.get_rank()}.pt')
 
 
 def train_on(ranks, path, runs):
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        args = (rank, ranks, port, runs, path)
-        processes.append(SERVER.Process(target=train_rank, args=args, daemon=True))
-        processes[-1].start()
-    for process in processes:
-        process.join(200)
-    assert [process.exitcode for process in processes] == [0] * ranks
+    on_ranks(ranks, train_rank, runs, path, seconds=200)
     return path
 
 
@@ -168,7 +154,7 @@ def on_four(tmp_path_factory):
 
 
 @pytest.fixture(params=['on_two', 'on_four'])
-def on_ranks(request):
+def on_several(request):
     return request.getfixturevalue(request.param)
 
 
@@ -184,15 +170,15 @@ def without_clock(record):
 
 
 @pytest.mark.parametrize('name', ['workers', 'teams', 'phase 1'])
-def test_one_process_two_and_four_train_the_same_network(name, on_ranks):
+def test_one_process_two_and_four_train_the_same_network(name, on_several):
     dtype, settings = RUNS[name]
     net, record = swap94.train(*load(dtype), override(swap94.hyp, settings), seed=5)
-    result = read(on_ranks, f'{name} 0')
+    result = read(on_several, f'{name} 0')
     assert record['phase1']['steps'] == (4 if name == 'phase 1' else 5)
     assert_close(floats(result['weights']), floats(net.state_dict()), rtol=1e-9, atol=1e-9)
     assert without_clock(result['record']) == without_clock(record)
-    for rank in range(1, len(list(on_ranks.glob(f'{name} *.pt')))):
-        other = read(on_ranks, f'{name} {rank}')
+    for rank in range(1, len(list(on_several.glob(f'{name} *.pt')))):
+        other = read(on_several, f'{name} {rank}')
         assert differing(floats(other['weights']), floats(result['weights'])) == []
         assert without_clock(other['record']) == without_clock(record)
 
