@@ -1,6 +1,6 @@
 """Test error against operations: published recipes, and this repository's logs (Figure 3).
 
-    python -m studies.frontier logs/*-h200.json logs/record94-cpu.json --out frontier
+    python -m studies.frontier logs/airbench*-h200.json logs/record94-cpu.json --out frontier
 
 Writes frontier.svg and frontier.png, and prints a table with the same points. A LOG is one that
 `python -m lab report` reads; its point is the mean of its runs. The line is fitted to the three
