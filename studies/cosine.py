@@ -88,8 +88,8 @@ def thirds(records):
 
 def print_cosines(records):
     seeds, workers = len(records), len(records[0]['cosines'])
-    about = f'n={seeds} seeds with {workers} workers each, with 95% interval'
-    print(f'cosine of descent and the way to the average, {about}')
+    about = f'n={seeds}, with {workers} workers each; +-: 95% interval'
+    print(f'cosine of descent and the way to the average; {about}')
     means = thirds(records)
     names = ('first', 'second', 'last')
     rows = [[f'{name} third', mean_text(values, '.4f')] for name, values in zip(names, means.T)]

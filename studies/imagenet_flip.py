@@ -51,12 +51,12 @@ SCALES = {
     },
     'small': {
         'cells': [['light', 16, [4, 4, 4]], ['heavy', 16, [2, 2, 2]]],
-        'pixels': [56, 64],
+        'pixels': [40, 48],
         'batch': 64,
-        'rate': 0.06,
+        'rate': 0.12,
         'warm_up': 2,
         'blurs': True,
-        'test_crops': [[84, 0.875], [64, 1.0]],
+        'test_crops': [[64, 0.875], [48, 1.0]],
         **OPTIMIZER,
     },
 }

@@ -116,7 +116,8 @@ def train(cell, seed, place):
 def print_accuracies(records):
     """Print accuracies in phase 2, and whether the average is better than every worker."""
     of_seed = len(records[0]['workers'])
-    print(f'test accuracy in % in phase 2, n={len(records)} seeds with {of_seed} workers each')
+    about = f'n={len(records)}, with {of_seed} workers each; +-: 95% interval'
+    print(f'test accuracy in % in phase 2; {about}')
     averages = 100 * np.array([record['average'] for record in records])
     workers = 100 * np.array([record['workers'] for record in records])  # (seeds, workers, steps)
     best = workers.max(1)
