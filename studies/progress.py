@@ -141,16 +141,14 @@ def draw_accuracies(record, stem):
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     begin = record['steps']['phase1'][-1]
     later = [begin + step for step in record['steps']['phase2']]
-    phase1 = 100 * np.array(record['phase1'])
+    phase1, average = 100 * np.array(record['phase1']), 100 * np.array(record['average'])
     upper.plot(record['steps']['phase1'], phase1, 'o-', color=COLOURS[0], label='phase 1')
-    for i, values in enumerate(record['workers']):
+    for i, values in enumerate(100 * np.array(record['workers'])):
         label = 'workers' if i == 0 else None
-        upper.plot(later, 100 * np.array(values), color=COLOURS[5], linewidth=1, label=label)
-    upper.plot(
-        later, 100 * np.array(record['average']), 'o-', color=COLOURS[1], label='their average'
-    )
-    # The first steps are far below all that we want to see.
-    upper.set(ylabel='test accuracy (%)', ylim=(phase1[len(phase1) // 2 :].min() - 1, None))
+        upper.plot(later, values, color=COLOURS[5], linewidth=1, label=label)
+    upper.plot(later, average, 'o-', color=COLOURS[1], label='their average')
+    lowest = phase1[len(phase1) // 2 :].min()  # the first steps are far below what we want to see
+    upper.set(ylabel='test accuracy (%)', ylim=(lowest - 1, average.max() + 1))
     upper.legend(loc='lower right')
     for first, phase in ((0, 'phase1'), (begin, 'phase2')):
         rates = record['learning_rates'][phase]
