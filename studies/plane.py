@@ -77,7 +77,9 @@ def draw_plane(points, marks, stem, path=()):
             axes.plot(*place, '.', color='black')
         for name, place in marks.items():
             axes.plot(*place, 'o', **style)
-            axes.annotate(name, place, xytext=(5, 5), textcoords='offset points', bbox=LABEL)
+            right = place[0] >= best['alpha']  # away from the star
+            aside = {'xytext': (5 if right else -5, 5), 'ha': 'left' if right else 'right'}
+            axes.annotate(name, place, textcoords='offset points', bbox=LABEL, **aside)
         axes.set(xlabel='distance along u', ylabel='distance along v', aspect='equal')
         axes.set_title('training images')
         if key == 'val_acc':
