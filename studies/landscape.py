@@ -185,7 +185,7 @@ def segments_of(records, part, key):
 def print_networks(records):
     """Print the networks' accuracies, and whether SWAP is the best."""
     of_seeds = [record['networks'] for record in in_cell(records, part='networks')]
-    print(f'accuracy in %, n={len(of_seeds)}, with its 95% interval')
+    print(f'accuracy in %; n={len(of_seeds)}; +-: 95% interval')
     accuracies, rows = {}, []
     for name in of_seeds[0]:
         for key in KINDS:
@@ -200,7 +200,7 @@ def print_networks(records):
 
 
 def print_barriers(records):
-    print('\nbarrier in percentage points, with its 95% interval')
+    print('\nbarrier in percentage points; +-: 95% interval')
     barriers, rows = {}, []
     for part in SEGMENTS:
         for key in KINDS:
