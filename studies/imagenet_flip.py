@@ -1,6 +1,6 @@
 """Alternating flip against random flip and none on ImageNet (Jordan 2024, Table 3, section 5.2).
 
-    python -m studies.imagenet_flip --data imagenette    # an hour and a half on two CPU cores
+    python -m studies.imagenet_flip --data imagenette    # an hour on two CPU cores
     torchrun --nproc_per_node=8 -m studies.imagenet_flip --scale paper --data IMAGENET --out DIR
     python -m studies.imagenet_flip --show --out DIR        # the table and the picture again
 
@@ -12,8 +12,9 @@ two centre crops, CC(pixels, share of the resized shorter side), without and wit
 
 --scale paper trains 162 networks. ffcv's table has 35 A100-minutes for 16 epochs and 187 for 88, so
 that is about 125 A100-hours, if the loader keeps up: it then has to read 10,000 pictures a second
-for each GPU. --scale small is for a few thousand pictures of about 128 pixels. If they are square,
-its Light crop is no crop at all, and flips are the only augmentation.
+for each GPU. At --scale small all sizes are a quarter of the paper's, for a few thousand pictures
+of about 128 pixels. If they are square, the Light crop is no crop at all, and flips are the only
+augmentation.
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """Small batches, large batches and SWAP on ImageNet (Gupta et al. 2020, Table 3, Figure 5).
 
-    python -m studies.imagenet_swap --data imagenette       # an hour and a half on two CPU cores
+    python -m studies.imagenet_swap --data imagenette       # an hour on two CPU cores
     torchrun --nnodes=2 --nproc_per_node=8 -m studies.imagenet_swap --scale paper --net resnet50 \\
         --data IMAGENET --out DIR
     python -m studies.imagenet_swap --show --out DIR        # the table and the pictures again
@@ -13,7 +13,8 @@ of the ranks, too, and the other half does the same work in vain. One process do
 and trains the workers in turn. We test on centre crops, where the public code has rectangles.
 
 All ranks need to see --data and --out. --scale paper is 3 seeds, each of 140 V100-hours at the
-paper's speed. --scale small is for a few thousand pictures of about 128 pixels.
+paper's speed. At --scale small all sizes are a quarter of the paper's, for a few thousand pictures
+of about 128 pixels.
 """
 
 import itertools
