@@ -108,7 +108,7 @@ hyp = {
 def digits_hyp():
     """`hyp` for scikit-learn's digits. They are few, and a mirrored digit is no digit."""
     settings = copy.deepcopy(hyp)
-    settings['opt'] |= {'train_epochs': 5, 'batch_size': 64}
+    settings['opt'] |= {'train_epochs': 5.0, 'batch_size': 64}
     settings['aug']['flip'] = False
     return settings
 

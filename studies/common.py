@@ -259,8 +259,9 @@ def whole_seeds(records, jobs, folder, least=1):
 
 def check_complete(records, jobs, folder):
     """Raise UserError if some of the jobs are not done."""
-    missing = len(jobs) - len(records)
-    if missing > 0:
+    done = done_jobs(records)
+    missing = sum(cell_name(*job) not in done for job in jobs)
+    if missing:
         raise UserError(f'{folder}: {missing} parts are missing; the same command again goes on')
 
 

@@ -81,6 +81,12 @@ def with_copies(result, copies):
     return [result | {'weights': weights} for weights in (*copies, result['weights'])]
 
 
+def steps_seen(planned, result):
+    """After how many steps we have the weights: as planned, until the training ended."""
+    last = result['record']['steps']  # tau may end it early
+    return [*(step for step in planned if step < last), last]
+
+
 def train(cell, seed, place):
     """Accuracies from 0 to 1 of phase 1, of each worker and of the average, at some steps."""
     hyp = hyp_of(place, 'swap')
@@ -106,8 +112,12 @@ def train(cell, seed, place):
     for at_step in zip(*workers):
         _, losses = swap94.average(at_step, net, phase1['losses'], ALONE)
         record['average'].append(measure(place, hyp, net, losses))
-    rates = {phase: learning_rates(hyp[phase], total) for phase, total in totals.items()}
-    return record | {'steps': points, 'learning_rates': rates}
+    record |= {'steps': {}, 'learning_rates': {}}
+    for phase, of_phase in (('phase1', phase1), ('phase2', result)):
+        steps = steps_seen(points[phase], of_phase)
+        record['steps'][phase] = steps
+        record['learning_rates'][phase] = learning_rates(hyp[phase], totals[phase])[: steps[-1]]
+    return record
 
 
 #### What to show ##################################################################################

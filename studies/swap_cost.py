@@ -155,9 +155,10 @@ def read_runs(path):
 
 
 def worker_accuracies(runs):
-    """Test accuracies of all workers, without TTA."""
+    """Test accuracies of all workers that did not diverge, without TTA."""
     found = []
-    for worker in (worker for run in runs for worker in run['workers']):
+    workers = [worker for run in runs for worker in run['workers']]
+    for worker in (worker for worker in workers if 'failed' not in worker):
         last_row = worker['epochs'][-1]  # where older logs have it
         found.append(worker.get('val_acc', last_row.get('val_acc')))
     return found

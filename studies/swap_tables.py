@@ -14,7 +14,8 @@ rise to their peak and fall to 0 linearly. Phase 2 begins without momentum, and 
 statistics come from full batches only.
 
 Accuracies are without test-time augmentation. Operations and all-reduces are those of the slowest
-of 8 ranks that share phase 1's batches and train a worker each. The seconds are those of one
+of 8 ranks that share phase 1's shards and train a worker each; where there is one shard, as with
+--net airbench's small batches, one rank does all the work. The seconds are those of one
 process that does everything in turn, without validation.
 
 --scale paper trains 10 networks for each row: with ResNet-9, 720 PFLOP, or 600 for 100 classes.

@@ -39,6 +39,11 @@ def test_every_recipe_loads_and_keeps_to_the_limits(path):
     recipe = load_recipe(ROOT / path)
     for hyp in (recipe.hyp, recipe.digits_hyp()):
         assert override(hyp, [f'{key}={value}' for key, value in flat(hyp).items()]) == hyp
+    types, of_digits = [
+        {key: type(value) for key, value in flat(hyp).items()}
+        for hyp in (recipe.hyp, recipe.digits_hyp())
+    ]
+    assert of_digits == types
     if path == 'airbench94.py':
         assert recipe is airbench94
 

@@ -398,6 +398,12 @@ def test_a_stage_begins_when_the_one_before_it_is_complete():
     records = [{'cell': cell, 'seed': seed} for cell, seed in networks]
     assert plan({'runs': 2}, records[:1]) == networks
     assert plan({'runs': 2}, records) == networks + curves
+    jobs = networks + curves
+    common.check_complete(records, networks, 'folder')
+    for some in (jobs[:3], jobs[1:]):  # without a network, `plan` has no curves
+        records = [{'cell': cell, 'seed': seed} for cell, seed in some]
+        with pytest.raises(UserError, match='folder: 1 parts are missing'):
+            common.check_complete(records, plan({'runs': 2}, records), 'folder')
     place = common.Place.__new__(common.Place)
     place.settings = {'runs': 2}
     assert train({'part': 'curve'}, 1, place) == {'made by': 'curve'}

@@ -210,6 +210,18 @@ def test_the_accuracies_on_the_way_are_those_of_shorter_trainings(place):
     assert rates['phase1'][0] == 0.27 and rates['phase2'][0] == 0.06 and len(rates['phase2']) == 4
 
 
+def test_a_phase_that_tau_ends_has_fewer_steps(place):
+    hyp = place.settings['hyp']
+    early = [*hyp['swap'], 'phase1.train_epochs=6', 'phase1.tau=0.01']
+    place.settings = place.settings | {'hyp': hyp | {'swap': early}, 'points': 5}
+    record = progress.train({'method': 'swap'}, 0, place)
+    steps, rates = record['steps'], record['learning_rates']
+    assert steps['phase1'] == [0, 2] and len(record['phase1']) == 2 and len(rates['phase1']) == 2
+    assert steps['phase2'] == [0, 1, 2, 3, 4] and len(record['average']) == 5
+    progress.show({}, [record | {'cell': {}, 'seed': seed} for seed in (0, 1)], place.folder)
+    assert (place.folder / 'progress.png').stat().st_size > 10_000
+
+
 def test_weights_are_copied_before_their_step():
     net = nn.Linear(2, 2)
     copies = []
