@@ -20,8 +20,8 @@ all-reduces, and from these assumptions:
   logs/README.md says: large-batch takes as many steps as SWAP's phase 1, and no more. "small/swap"
   is the seconds of small-batch divided by those of SWAP, which is faster where this is above 1.
 - All GPUs share the batches of phase 1, and the GPUs of a worker share those of phase 2. If there
-  are fewer GPUs than workers, they train them in turn. Validation is left out, as on the recipes'
-  clock.
+  are fewer GPUs than workers, they train them in turn. swap94.py itself cuts a batch into
+  phase1.shards, and refuses more GPUs than that. Validation is left out, as on the recipes' clock.
 
 Given logs of swap94.py, we print the paper's Table 1 for them: the accuracies that they measured,
 next to the seconds that their settings would take on eight GPUs.
