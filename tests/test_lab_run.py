@@ -415,7 +415,7 @@ def test_without_a_network_the_bare_command_trains_on_digits(tmp_path):
     """In a process of its own, and with a copy of the recipe that is quick."""
     quick = edit(
         RECIPE.read_text(),
-        ("{'train_epochs': 5, 'batch_size': 64}", "{'train_epochs': 0.1, 'batch_size': 64}"),
+        ("{'train_epochs': 5.0, 'batch_size': 64}", "{'train_epochs': 0.1, 'batch_size': 64}"),
     )
     (tmp_path / 'quick.py').write_text(quick)
     env = ONE_THREAD | {'CUDA_VISIBLE_DEVICES': ''}

@@ -742,7 +742,7 @@ def test_a_run_that_loses_a_rank_in_each_phase_ends_as_one_that_did_not(on_two, 
 def test_the_script_alone_continues_after_torchrun_lost_a_rank(tmp_path):
     """Its own command line, on the digits: the checkpoints lie in logs/unfinished."""
     source = (ROOT / 'swap94.py').read_text()
-    short = {"'train_epochs': 4, 'batch_size': 128": "'train_epochs': 3, 'batch_size': 128"}
+    short = {"'train_epochs': 4.0, 'batch_size': 128": "'train_epochs': 3.0, 'batch_size': 128"}
     short |= {"'block1': 64": "'block1': 4", "'block2': 256": "'block2': 8"}
     short |= {"'block3': 256": "'block3': 16", "'workers': 8": "'workers': 4"}
     for before, after in short.items():
