@@ -474,6 +474,29 @@ def test_the_average_is_that_of_the_kernel(swap):
     assert_close(parameters(with_kernel), parameters(plain))
 
 
+@pytest.mark.parametrize('of_first', [1, 4])
+def test_all_workers_count_the_same_whichever_rank_has_them(of_first):
+    """Weights and losses are means over four workers, of which the second rank has 3 or none."""
+    net = torch.nn.Linear(3, 2)
+    draws = torch.Generator().manual_seed(0)
+    workers = []
+    for _ in range(4):
+        weights = {name: torch.rand(p.shape, generator=draws) for name, p in net.named_parameters()}
+        workers.append({'weights': weights, 'losses': torch.rand(5, generator=draws)})
+    workers[2]['losses'][4] = math.inf  # nobody has seen this image
+    by_rank = [workers[:of_first], workers[of_first:]]
+    added = []
+    for rank in (0, 1):
+        swap94.average(by_rank[rank], net, torch.zeros(5), OneOfTwo(rank, added))
+    for rank in (0, 1):
+        ranks = OneOfTwo(rank, [], sum(added))
+        count, losses = swap94.average(by_rank[rank], net, torch.zeros(5), ranks)
+        assert count == 4
+        assert_close(losses, torch.stack([worker['losses'] for worker in workers]).mean(0))
+        for name, p in net.named_parameters():
+            assert_close(p, torch.stack([worker['weights'][name] for worker in workers]).mean(0))
+
+
 def diverging_fit(seeds):
     """`fit`, in which networks with these seeds learn at an infinite rate."""
     fit = swap94.fit
