@@ -156,9 +156,9 @@ def read_runs(path):
 
 def worker_accuracies(runs):
     """Test accuracies of all workers that did not diverge, without TTA."""
+    finished = [worker for run in runs for worker in run['workers'] if 'failed' not in worker]
     found = []
-    workers = [worker for run in runs for worker in run['workers']]
-    for worker in (worker for worker in workers if 'failed' not in worker):
+    for worker in finished:
         last_row = worker['epochs'][-1]  # where older logs have it
         found.append(worker.get('val_acc', last_row.get('val_acc')))
     return found
