@@ -148,15 +148,19 @@ def read_runs(path):
         runs = [run for run in content['runs'] if not run.get('failed')]
         # Older logs of phase 1 alone have workers in hyp, too.
         hyp = hyp | {'phase2': hyp['phase2'] | {'workers': len(runs[0]['workers'])}}
+        parts_of(hyp, RANKS)  # a hyp of other times lacks keys
+        is_cifar10 = content['data']['is_cifar10']
     except (IndexError, KeyError, TypeError) as error:
-        message = f'{path}: is no log of swap94.py with finished runs; leave it out'
+        message = f"{path}: is no log of today's swap94.py with finished runs; leave it out"
         raise UserError(message) from error
+    if not is_cifar10:
+        raise UserError(f'{path}: its runs are not on CIFAR-10; leave it out')
     return log_name(path), hyp, runs
 
 
 def worker_accuracies(runs):
     """Test accuracies of all workers that did not diverge, without TTA."""
-    finished = [worker for run in runs for worker in run['workers'] if 'failed' not in worker]
+    finished = [worker for run in runs for worker in run['workers'] if not worker.get('failed')]
     found = []
     for worker in finished:
         last_row = worker['epochs'][-1]  # where older logs have it

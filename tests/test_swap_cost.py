@@ -74,17 +74,21 @@ def test_the_command_prints_a_table_for_each_link_and_draws_them(tmp_path, capsy
     assert '2 GB/s, 7 us: seconds of a run, modelled' in capsys.readouterr().out
 
 
+def log_of(runs, hyp=swap94.hyp, is_cifar10=True):
+    return {'hyp': hyp, 'data': {'is_cifar10': is_cifar10}, 'runs': runs}
+
+
 def test_table_1_has_the_accuracies_of_logs_and_modelled_seconds(tmp_path, capsys):
     """SWAP has a row before averaging and one after, other methods have one."""
     worker = {'epochs': [{}], 'val_acc': 0.925}
-    older = {'epochs': [{'val_acc': 0.935}]}
+    older = {'epochs': [{'val_acc': 0.935}], 'failed': None}
     left_out = [{'epochs': [], 'failed': 'diverged'}, worker | {'val_acc': None, 'failed': 'too'}]
     workers = [*left_out, *(3 * [worker, older])]
     swap = {'val_acc': 0.93, 'tta_val_acc': 0.94, 'workers': workers}
     large = {'val_acc': 0.92, 'tta_val_acc': 0.93, 'workers': []}
     rows = {}
     for name, runs in {'swap': [swap], 'large': [large, large | {'val_acc': 0.91}]}.items():
-        content = {'hyp': swap94.hyp, 'runs': [*runs, {'failed': 'diverged'}]}
+        content = log_of([*runs, {'failed': 'diverged'}])
         file = tmp_path / f'{name}.json'
         file.write_text(json.dumps(content))
         assert swap_cost.main([str(file), '--bandwidth', '1', '--launch', '10']) == 0
@@ -122,3 +126,19 @@ def test_a_mistake_is_one_line(args, capsys, monkeypatch):
     assert swap_cost.main(args) == 2
     out = capsys.readouterr()
     assert out.err.startswith('studies.swap_cost: ') and out.err.count('\n') == 1
+
+
+def test_logs_that_table_1_cannot_use_are_named(tmp_path, capsys):
+    run = {'val_acc': 0.92, 'tta_val_acc': 0.93, 'workers': []}
+    older = swap94.hyp | {'phase1': {'train_epochs': 1.0}}
+    logs = {
+        "is no log of today's swap94.py": log_of([run], hyp=older),
+        'its runs are not on CIFAR-10': log_of([run], is_cifar10=False),
+    }
+    file = tmp_path / 'log.json'
+    for reason, content in logs.items():
+        file.write_text(json.dumps(content))
+        assert swap_cost.main([str(file)]) == 2
+        out = capsys.readouterr()
+        assert out.err.startswith(f'studies.swap_cost: {file}: {reason}')
+        assert out.err.count('\n') == 1 and not out.out
