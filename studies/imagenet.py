@@ -6,6 +6,7 @@ Only the running statistics depend on the ranks: DistributedDataParallel keeps t
 rank's shards, and after the last step of an epoch we take the mean over the ranks.
 """
 
+import hashlib
 import itertools
 import math
 import os
@@ -49,7 +50,8 @@ class Place:
     def describe_data(self):
         """What the records say about the pictures."""
         sizes = {'train': len(self.train), 'val': len(self.val)}
-        return {'path': str(self.train.root.parent), 'classes': len(self.train.classes)} | sizes
+        about = {'path': str(self.train.root.parent), 'classes': len(self.train.classes)} | sizes
+        return about | {'sha256_of_names': hash_names([self.train, self.val])}
 
     @property
     def memory_format(self):
@@ -76,7 +78,7 @@ class Place:
             images.pictures.report(damaged)
             if whole is None:
                 found = f'all pictures of a batch are damaged: {list_some(damaged)}'
-                raise UserError(f'{images.pictures.root}: {found}; repair or delete them')
+                raise UserError(f'{images.pictures.root}: {found}; repair them')
             pixels, labels = whole
             pixels = pixels.to(self.device, non_blocking=True)
             inputs = v2.functional.normalize(pixels.float(), MEAN, STD)
@@ -90,8 +92,15 @@ class Place:
         return folder / f'{cell_file(self.folder, cell, seed).stem}-{part}.pt'
 
     def remove_checkpoints(self, cell, seed):
-        for file in self.checkpoint(cell, seed).parent.glob(self.checkpoint(cell, seed, '*').name):
+        of_any_part = self.checkpoint(cell, seed, '*')
+        for file in of_any_part.parent.glob(of_any_part.stem):  # also what was half written
             file.unlink(missing_ok=True)
+
+
+def hash_names(sets):
+    """The SHA-256 of the pictures' paths inside their folders, which start with their classes."""
+    names = [os.path.relpath(path, part.root) for part in sets for path, _ in part.samples]
+    return hashlib.sha256('\n'.join(names).encode(errors='surrogateescape')).hexdigest()
 
 
 #### Network #######################################################################################
@@ -194,8 +203,9 @@ def fit(net, images, place, ranks, checkpoint):
         {'training_seconds': without validation, 'losses': mean training loss of each epoch}.
 
     Raises UserError if the network diverges, too many pictures are damaged, or the ranks cannot
-    share the shards.
+    train on this schedule.
     """
+    images.check(ranks)
     optimizer = make_optimizer(net, place.settings['momentum'], place.settings['weight_decay'])
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
     parts = {'net': net, 'optimizer': optimizer, 'scaler': scaler}
@@ -214,7 +224,7 @@ def fit(net, images, place, ranks, checkpoint):
         start = swap94.clock(place.device)
         loss = train_epoch(model, stream, optimizer, scaler, place, ranks, images, epoch)
         if not math.isfinite(loss):
-            raise UserError(f'the network of seed {images.seed} diverges in epoch {epoch + 1}')
+            raise UserError(f'{checkpoint.stem} diverges in epoch {epoch + 1}')
         mean_statistics(net, ranks)
         seconds = swap94.clock(place.device) - start
         record['losses'].append(loss)
@@ -222,7 +232,7 @@ def fit(net, images, place, ranks, checkpoint):
         states = {name: part.state_dict() for name, part in parts.items()}
         swap94.save_result(checkpoint, ranks, states | {'record': record})
         if is_first_process():
-            about = f'epoch {epoch + 1} of {images.epochs.stop}'
+            about = f'{checkpoint.stem}, epoch {epoch + 1} of {images.epochs.stop}'
             tqdm.write(f'{about}: loss {loss:.3f}, {seconds:.0f} s')
     return record
 
@@ -271,7 +281,7 @@ def add_options(parser):
     add('--data', type=Path, help='folder with train/CLASS/* and val/CLASS/*')
     about = 'of mixed precision (default: bfloat16, if the device computes it)'
     add('--dtype', choices=DTYPES, help=about)
-    workers = min(16, os.cpu_count() // number_from('LOCAL_WORLD_SIZE', 1))
+    workers = min(16, os.cpu_count() // max(1, number_from('LOCAL_WORLD_SIZE', 1)))
     about = 'processes that read pictures (default: as many as cores, up to 16 for each rank)'
     add('--workers', type=int, default=workers, help=about)
 

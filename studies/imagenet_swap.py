@@ -1,6 +1,6 @@
 """Small batches, large batches and SWAP on ImageNet (Gupta et al. 2020, Table 3, Figure 5).
 
-    python -m studies.imagenet_swap --data imagenette       # an hour on two CPU cores
+    python -m studies.imagenet_swap --data imagenette       # 90 minutes on a CPU core
     torchrun --nnodes=2 --nproc_per_node=8 -m studies.imagenet_swap --scale paper --net resnet50 \\
         --data IMAGENET --out DIR
     python -m studies.imagenet_swap --show --out DIR        # the table and the pictures again
@@ -12,9 +12,9 @@ weights are averaged, and BatchNorm's statistics are computed anew. So small bat
 of the ranks, too, and the other half does the same work in vain. One process does everything alone,
 and trains the workers in turn. We test on centre crops, where the public code has rectangles.
 
-All ranks need to see --data and --out. --scale paper is 3 seeds, each of 140 V100-hours at the
-paper's speed. At --scale small all sizes are a quarter of the paper's, for a few thousand pictures
-of about 128 pixels.
+All ranks need to see --data and --out. Several processes can share an --out, but not several jobs
+of torchrun. --scale paper is 3 seeds, each of 140 V100-hours at the paper's speed. At --scale small
+all sizes are a quarter of the paper's, for a few thousand pictures of about 128 pixels.
 """
 
 import itertools
@@ -127,7 +127,8 @@ def train(cell, seed, place):
     first, *rest = schedules_of(place.settings)[cell['method']]
     images = TrainingImages(place.train, first, seed, 'random')
     net = imagenet.make_net(place, seed)
-    record = imagenet.fit(net, images, place, ranks, place.checkpoint(cell, seed))
+    checkpoint = place.checkpoint(cell, seed, f'network{everyone.rank // ranks.size}')
+    record = imagenet.fit(net, images, place, ranks, checkpoint)
     if rest:
         record |= train_workers(cell, seed, place, net, rest[0])
     record |= imagenet.evaluate(net, place.settings['test_crop'], place, ranks)
@@ -217,11 +218,22 @@ def follow(place):
         train(*job, place)
 
 
+def check(place):
+    """Raise UserError if these ranks cannot train all that we plan on these pictures."""
+    everyone = swap94.all_ranks()
+    half = half_of(everyone)
+    teams = {'small-batch': [half], 'large-batch': [everyone], 'swap': [everyone, half]}
+    for method, schedules in schedules_of(place.settings).items():
+        for schedule, ranks in zip(schedules, teams[method]):
+            TrainingImages(place.train, schedule, 0, 'random').check(ranks)
+
+
 def train_together(study, args, folder):
     """Train all that the study plans. All processes of torchrun train each network together."""
     place = imagenet.open_place(settings_of(study, args), args, folder)
     join_ranks(swap94, place.device)
     everyone = swap94.all_ranks()
+    check(place)
     if everyone.rank > 0:
         follow(place)
         return

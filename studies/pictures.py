@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -19,6 +20,9 @@ from lab.data import list_some
 from lab.errors import UserError, first_lines
 
 #### Pictures ######################################################################################
+
+# What Pillow raises for damaged files; the last if they claim to be huge.
+DAMAGES = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class Pictures(ImageFolder):
@@ -40,7 +44,7 @@ class Pictures(ImageFolder):
         path, label = self.samples[index]
         try:
             picture = self.loader(path)
-        except (OSError, SyntaxError, ValueError):  # Pillow has all three for damaged files
+        except DAMAGES:
             return path
         return v2.functional.pil_to_tensor(transform(picture)), label
 
@@ -51,7 +55,7 @@ class Pictures(ImageFolder):
         self.damaged.update(paths)
         if 1000 * len(self.damaged) > len(self):
             found = f'{len(self.damaged)} of {len(self)} pictures are damaged: '
-            way_out = 'more than one in a thousand; repair or delete them'
+            way_out = 'more than one in a thousand; repair them'
             raise UserError(f'{self.root}: {found}{list_some(self.damaged)}; {way_out}')
 
 
@@ -169,22 +173,26 @@ class TrainingImages(Dataset):
         """All that the schedule has, as a range."""
         return range(self.schedule[0]['epochs'][0], self.schedule[-1]['epochs'][1])
 
+    def check(self, ranks):
+        """Raise UserError if these ranks cannot train on this schedule."""
+        for part in self.schedule:
+            if part['shards'] % ranks.size:
+                found = f"{ranks.size} ranks cannot share a step's shards ({part['shards']}) evenly"
+                raise UserError(f'{found}; start fewer processes')
+            needed = part['shards'] * part['batch']
+            if needed > len(self.pictures):
+                found = f'has {len(self.pictures)} pictures, and a step needs {needed}'
+                raise UserError(f'{self.pictures.root}: {found}; add more')
+
     def steps(self, epoch):
-        """How many steps an epoch has. Images that fill no step are left out. Raises UserError."""
+        """How many steps an epoch has. Images that fill no step are left out."""
         part = segment_of(self.schedule, epoch)
-        needed = part['shards'] * part['batch']
-        if needed > len(self.pictures):
-            found = f'has {len(self.pictures)} pictures, and a step needs {needed}'
-            raise UserError(f'{self.pictures.root}: {found}; choose another --scale')
-        return len(self.pictures) // needed
+        return len(self.pictures) // (part['shards'] * part['batch'])
 
     def keys(self, epochs, ranks):
-        """Yield the keys of each shard that this rank has. Raises UserError if they can't share."""
+        """Yield the keys of each shard that this rank has."""
         for epoch in epochs:
             part = segment_of(self.schedule, epoch)
-            if part['shards'] % ranks.size:
-                found = f'{ranks.size} ranks cannot share {part["shards"]} shards evenly'
-                raise UserError(f'{found}; start another number of processes')
             shape = self.steps(epoch), part['shards'], part['batch']
             order = np.random.default_rng((self.seed, epoch, 0, 1)).permutation(len(self.pictures))
             shards = order[: math.prod(shape)].reshape(shape)[:, ranks.rank :: ranks.size]

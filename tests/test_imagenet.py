@@ -336,18 +336,49 @@ def test_bfloat16_trains_weights_in_float32(two_classes, tmp_path):
     assert place.memory_format == torch.channels_last
     images = TrainingImages(place.train, [segment(0, 1)], 5, 'none')
     net = imagenet.make_net(place, 5)
-    record = imagenet.fit(net, images, place, ALONE, None)
+    record = imagenet.fit(net, images, place, ALONE, tmp_path / 'network.pt')
     assert 0 < record['losses'][0] < 2
     assert net.fc.weight.dtype == torch.float32
 
 
 def test_a_network_that_diverges_is_one_line(place):
     images = TrainingImages(place.train, [segment(0, 1, rates=(1e20, 1e20))], 5, 'none')
-    with pytest.raises(UserError, match='the network of seed 5 diverges in epoch 1'):
-        imagenet.fit(imagenet.make_net(place, 5), images, place, ALONE, None)
+    checkpoint = place.checkpoint({'crop': 'light'}, 5)
+    with pytest.raises(UserError, match=r'^crop=light-seed=5-network diverges in epoch 1$'):
+        imagenet.fit(imagenet.make_net(place, 5), images, place, ALONE, checkpoint)
+
+
+def test_what_was_half_written_is_removed_with_the_checkpoints(place):
+    cell = {'crop': 'light'}
+    file, other = place.checkpoint(cell, 1), place.checkpoint(cell, 10)
+    for path in (file, file.with_suffix('.123.tmp'), other):
+        path.touch()
+    place.remove_checkpoints(cell, 1)
+    assert list(file.parent.iterdir()) == [other]
 
 
 #### Mistakes and damage ####
+
+
+def test_other_names_are_other_data(tmp_path):
+    data = draw_pictures(tmp_path / 'data', 4, 4, classes=2)
+    about = make_place(data, tmp_path).describe_data()
+    assert about == make_place(data, tmp_path).describe_data()
+    (data / 'train' / 'class0').rename(data / 'train' / 'class9')
+    (data / 'val' / 'class0').rename(data / 'val' / 'class9')
+    changed = make_place(data, tmp_path).describe_data()
+    assert {key for key in about if about[key] != changed[key]} == {'sha256_of_names'}
+
+
+def test_a_picture_that_claims_to_be_huge_is_damaged(tmp_path):
+    data = draw_pictures(tmp_path / 'data', 4, 4, classes=1)
+    place = make_place(data, tmp_path)
+    path, _ = place.train.samples[0]
+    content = bytearray(Path(path).read_bytes())
+    size = content.index(b'\xff\xc0') + 5  # height and width in the JPEG's frame header
+    content[size : size + 4] = b'\xf0\x00\xf0\x00'
+    Path(path).write_bytes(content)
+    assert place.train.view(0, None) == path
 
 
 def test_damaged_pictures_are_named_and_counted(tmp_path, capsys):
@@ -372,7 +403,7 @@ def test_a_batch_without_a_whole_picture_is_one_line(workers, tmp_path):
     place = make_place(data, tmp_path, workers)
     images = TrainingImages(place.train, [segment(0, 1)], 5, 'none')
     with pytest.raises(UserError, match=r'of 8 pictures are damaged: .*more than one in'):
-        imagenet.fit(imagenet.make_net(place, 5), images, place, ALONE, None)
+        imagenet.fit(imagenet.make_net(place, 5), images, place, ALONE, tmp_path / 'network.pt')
     images = pictures.TestImages(place.val, 4, 1.0)
     keys = [[i] for i in range(len(place.val))]
     with pytest.raises(UserError, match=r'all pictures of a batch are damaged: .*; repair'):
@@ -393,10 +424,12 @@ def test_folders_that_lack_something_are_one_line(tmp_path):
 
 def test_shards_and_steps_that_cannot_be_are_one_line(place):
     images = TrainingImages(place.train, [segment(0, 1, shards=3, batch=TRAIN)], 0, 'none')
-    with pytest.raises(UserError, match='2 ranks cannot share 3 shards evenly'):
-        next(images.keys(range(1), swap94.Ranks(0, 2)))
+    net = imagenet.make_net(place, 0)
+    for size in (2, 4, 6):  # also where a rank would have none
+        with pytest.raises(UserError, match=rf"{size} ranks cannot share a step's shards \(3\)"):
+            imagenet.fit(net, images, place, swap94.Ranks(0, size), None)
     with pytest.raises(UserError, match=f'has {TRAIN} pictures, and a step needs {3 * TRAIN}'):
-        next(images.keys(range(1), ALONE))
+        imagenet.fit(net, images, place, ALONE, None)
 
 
 @pytest.mark.parametrize('has_bfloat16, dtype', [(True, torch.bfloat16), (False, torch.float32)])

@@ -81,6 +81,8 @@ def test_the_papers_flip_settings():
         assert (part['pixels'], part['batch'], part['least_area']) == (pixels, 1024, None)
         assert pictures.rate_at(part, epoch) == pytest.approx(rate)
     assert pictures.rate_at(schedule[-1], 16) == 0
+    growths = [imagenet_flip.schedule_of('heavy', n, settings)[-1]['epochs'] for n in (20, 88)]
+    assert growths == [[15, 20], [71, 88]]
 
 
 def flip_records():
@@ -176,7 +178,7 @@ def test_a_study_that_was_interrupted_before_averaging_trains_nothing_again(
     out = tmp_path / 'out'
     assert run_swap(*smoke_call(data, out)) == 130
     files = sorted(file.name for file in (out / 'checkpoints').iterdir())
-    assert files == [f'method=swap-seed=0-{part}.pt' for part in ('network', 'worker0', 'worker1')]
+    assert files == [f'method=swap-seed=0-{part}.pt' for part in ('network0', 'worker0', 'worker1')]
     monkeypatch.setattr(imagenet_swap, 'average', average)
     capsys.readouterr()
     run_swap(*smoke_call(data, out))  # shows nothing yet, for lack of seeds
@@ -186,6 +188,39 @@ def test_a_study_that_was_interrupted_before_averaging_trains_nothing_again(
     names = ('top1', 'top5', 'losses')
     for ours, theirs in ((record, undisturbed), *zip(record['workers'], undisturbed['workers'])):
         assert [ours[name] for name in names] == [theirs[name] for name in names]
+
+
+def test_each_half_of_the_ranks_has_its_own_checkpoint_of_small_batches(
+    data, tmp_path, monkeypatch
+):
+    """Else a rank could load what the other half has written since."""
+    settings = smoke.settings_of('imagenet_swap')
+    train, val = pictures.open_data(data)
+    place = imagenet.Place(settings, tmp_path, train, val, torch.device('cpu'), torch.float32, 0)
+    files = []
+
+    def fit(net, images, place, ranks, checkpoint):
+        files.append(checkpoint.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(imagenet, 'fit', fit)
+    for rank in range(4):
+        monkeypatch.setattr(swap94, 'all_ranks', lambda rank=rank: swap94.Ranks(rank, 4))
+        monkeypatch.setattr(swap94, 'form_teams', lambda size, rank=rank: swap94.Ranks(rank % 2, 2))
+        with pytest.raises(KeyboardInterrupt):
+            imagenet_swap.train({'method': 'small-batch'}, 0, place)
+    assert files == [f'method=small-batch-seed=0-network{half}.pt' for half in (0, 0, 1, 1)]
+
+
+def test_more_ranks_than_shards_are_one_line(data, tmp_path, monkeypatch):
+    settings = smoke.settings_of('imagenet_swap')
+    train, val = pictures.open_data(data)
+    place = imagenet.Place(settings, tmp_path, train, val, torch.device('cpu'), torch.float32, 0)
+    imagenet_swap.check(place)
+    monkeypatch.setattr(swap94, 'all_ranks', lambda: swap94.Ranks(0, 8))
+    monkeypatch.setattr(swap94, 'form_teams', lambda size: swap94.Ranks(0, size))
+    with pytest.raises(UserError, match=r"4 ranks cannot share a step's shards \(2\) evenly"):
+        imagenet_swap.check(place)
 
 
 def test_an_average_is_the_mean_of_all_workers():
@@ -249,4 +284,5 @@ def test_pictures_that_fill_no_step_are_one_line(tmp_path, capsys):
     few = draw_pictures(tmp_path / 'data', 12, 4, size=(40, 40))
     assert run_swap(*smoke_call(few, tmp_path / 'out')) == 2
     error = capsys.readouterr().err
-    assert 'has 12 pictures, and a step needs 16; choose another --scale' in error
+    assert 'has 12 pictures, and a step needs 16; add more' in error
+    assert not (tmp_path / 'out' / 'config.json').exists()
