@@ -312,14 +312,16 @@ def augment(images, index, flip, shift, corner=None, size=0, *, mean, scale, dty
 class CifarLoader:
     """Keeps a set on the device as uint8, and serves it in augmented batches.
 
-    One iteration is one epoch of (inputs (B, 3, 32, 32) of `dtype`, labels int64 (B,)). For
-    training, the images are shuffled and an incomplete last batch is dropped. You may replace
-    `images` and `labels`, for example to train on a part of them.
+    One iteration is one epoch of (inputs (B, 3, 32, 32), labels int64 (B,)). For training, the
+    images are shuffled and an incomplete last batch is dropped. You may replace `images` and
+    `labels`, for example to train on a part of them.
 
     Args:
         images: uint8 (N, 32, 32, 3).
         labels: int64 (N,), from 0.
         aug: as in `hyp`; what it leaves out is off.
+        dtype: of the network, and of the inputs. With bfloat16, these are fp32: whitening would
+            magnify their rounding errors.
         mean, std: of the pixels, (C,), in units of pixel / 255.
         augment: the function above, or another one with the same results.
     """
@@ -341,6 +343,7 @@ class CifarLoader:
     ):
         self.device = torch.device(device)
         self.dtype = dtype
+        self.input_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
         self.images = images.to(device).contiguous()  # torchvision's are not
         self.labels = labels.to(device)
         self.num_classes = int(labels.max()) + 1
@@ -356,8 +359,8 @@ class CifarLoader:
         self.scale = 1 / (255 * torch.tensor(std, **options))
 
     def normalize(self, images):
-        """uint8 (N, 32, 32, 3) -> (N, 3, 32, 32) of the loader's dtype, channels_last."""
-        return normalize(images, self.mean, self.scale, self.dtype)
+        """uint8 (N, 32, 32, 3) -> (N, 3, 32, 32) of the dtype of the inputs, channels_last."""
+        return normalize(images, self.mean, self.scale, self.input_dtype)
 
     def __len__(self):
         batches = len(self.images) / self.batch_size
@@ -407,7 +410,7 @@ class CifarLoader:
         for index, labels, *args in zip(*[values.split(self.batch_size) for values in columns]):
             if self.train and len(index) < self.batch_size:
                 return
-            yield self.augment(self.images, index, *args, **options, dtype=self.dtype), labels
+            yield self.augment(self.images, index, *args, **options, dtype=self.input_dtype), labels
 
     def __iter__(self):
         return self.batches(self.next_draws())
@@ -542,7 +545,10 @@ def conv_group(channels_in, channels_out, **batchnorm):
 
 
 class Net(nn.Sequential):
-    """Layers in sequence. With `autocast`, torch.autocast runs them in bfloat16 where it can."""
+    """Layers in sequence. With `autocast`, torch.autocast runs all but the first in bfloat16.
+
+    The first one whitens, which would magnify the rounding errors of bfloat16.
+    """
 
     def __init__(self, *layers, autocast):
         super().__init__(*layers)
@@ -551,9 +557,12 @@ class Net(nn.Sequential):
     def forward(self, x):
         if not self.autocast:
             return super().forward(x)
+        first, *others = self
+        x = first(x.float()).to(torch.bfloat16)
         with torch.autocast(x.device.type, torch.bfloat16):
-            outputs = super().forward(x)
-        return outputs.float()
+            for layer in others:
+                x = layer(x)
+        return x.float()
 
 
 def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
