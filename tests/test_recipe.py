@@ -9,6 +9,7 @@ import torch
 from conftest import make_loaders
 
 import airbench94
+import swap94
 from airbench94 import (
     ConvGroup,
     evaluate,
@@ -21,6 +22,7 @@ from airbench94 import (
     train,
     tta_views,
 )
+from records import record94
 
 ON_CPU = {'device': 'cpu', 'dtype': torch.float32}
 
@@ -298,7 +300,6 @@ def test_bfloat16_keeps_weights_in_fp32_and_learns(narrow):
     few = first_images(train_loader, 32)  # some CPUs have to imitate bfloat16, which is slow
     few_tests = first_images(test_loader, 16)
     net, record = train(few, few_tests, narrow)
-    assert next(iter(few))[0].dtype == torch.bfloat16
     assert {p.dtype for p in net.parameters()} == {torch.float32}
     assert record['epochs'][-1]['train_acc'] > 0.5
 
@@ -308,3 +309,17 @@ def test_bfloat16_keeps_weights_in_fp32_and_learns(narrow):
     expected = infer(in_fp32, first_images(make_loaders()[1], 16))
     assert logits.dtype == torch.float32 and not torch.equal(logits, expected)
     torch.testing.assert_close(logits, expected, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize('recipe', [airbench94, record94, swap94])
+def test_bfloat16_whitens_images_in_fp32(recipe):
+    """Whitening would make errors of 2% and more from rounded pixels."""
+    outputs = []
+    for dtype in (torch.bfloat16, torch.float32):
+        loader = first_images(make_loaders(dtype=dtype)[1], 8)
+        images = loader.normalize(loader.images)
+        net = recipe.make_net(device='cpu', dtype=dtype)
+        recipe.init_whitening_conv(net[0], images, eps=5e-4)
+        net[0].register_forward_hook(lambda layer, images, output: outputs.append(output))
+        net(images)
+    assert torch.equal(*outputs)
