@@ -313,7 +313,7 @@ def test_bfloat16_keeps_weights_in_fp32_and_learns(narrow):
 
 @pytest.mark.parametrize('recipe', [airbench94, record94, swap94])
 def test_bfloat16_whitens_images_in_fp32(recipe):
-    """Whitening would make errors of 2% and more from rounded pixels."""
+    """Whitening would magnify the rounding errors of pixels."""
     outputs = []
     for dtype in (torch.bfloat16, torch.float32):
         loader = first_images(make_loaders(dtype=dtype)[1], 8)
