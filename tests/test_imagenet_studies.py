@@ -127,13 +127,17 @@ def run_rank(data, out):
         sys.exit(code)
 
 
-def recomputed_statistics(data, folder):
-    """Those of SWAP's second phase, for an untrained network."""
+def make_place(data, folder):
     settings = smoke.settings_of('imagenet_swap')
     train, val = pictures.open_data(data)
-    place = imagenet.Place(settings, folder, train, val, torch.device('cpu'), torch.float32, 0)
+    return imagenet.Place(settings, folder, train, val, torch.device('cpu'), torch.float32, 0)
+
+
+def recomputed_statistics(data, folder):
+    """Those of SWAP's second phase, for an untrained network."""
+    place = make_place(data, folder)
     net = imagenet.make_net(place, 5)
-    _, phase2 = imagenet_swap.schedules_of(settings)['swap']
+    _, phase2 = imagenet_swap.schedules_of(place.settings)['swap']
     imagenet_swap.recompute_statistics(net, phase2, 5, place)
     return dict(net.named_buffers())
 
@@ -194,9 +198,7 @@ def test_each_half_of_the_ranks_has_its_own_checkpoint_of_small_batches(
     data, tmp_path, monkeypatch
 ):
     """Else a rank could load what the other half has written since."""
-    settings = smoke.settings_of('imagenet_swap')
-    train, val = pictures.open_data(data)
-    place = imagenet.Place(settings, tmp_path, train, val, torch.device('cpu'), torch.float32, 0)
+    place = make_place(data, tmp_path)
     files = []
 
     def fit(net, images, place, ranks, checkpoint):
@@ -213,9 +215,7 @@ def test_each_half_of_the_ranks_has_its_own_checkpoint_of_small_batches(
 
 
 def test_more_ranks_than_shards_are_one_line(data, tmp_path, monkeypatch):
-    settings = smoke.settings_of('imagenet_swap')
-    train, val = pictures.open_data(data)
-    place = imagenet.Place(settings, tmp_path, train, val, torch.device('cpu'), torch.float32, 0)
+    place = make_place(data, tmp_path)
     imagenet_swap.check(place)
     monkeypatch.setattr(swap94, 'all_ranks', lambda: swap94.Ranks(0, 8))
     monkeypatch.setattr(swap94, 'form_teams', lambda size: swap94.Ranks(0, size))
