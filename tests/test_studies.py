@@ -11,6 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
+import scipy.stats
 import smoke
 import torch
 from conftest import ONE_THREAD, ROOT, SERVER, run_command
@@ -174,6 +175,18 @@ def test_the_tests_find_a_smaller_deviation_and_a_smaller_calibration_error():
     sure = np.tile([1.0, 0.0], (500, 1))
     assert variance.p_of_calibration(sure, votes, labels) < 0.01
     assert variance.p_of_calibration(votes, sure, labels) == 1
+
+
+def test_tta_lowers_the_deviation_in_the_kept_logs():
+    """As studies/README.md says of variance; with new logs, correct it there."""
+    logs = [read_json(file)['runs'] for file in sorted((ROOT / 'logs').glob('*.json'))]
+    logs = [runs for runs in logs if len(runs) >= 5]
+    assert (len(logs), sum(map(len, logs))) == (9, 83)
+    ps = []
+    for runs in logs:
+        plain, tta = [np.array([run[key] for run in runs]) for key in ('val_acc', 'tta_val_acc')]
+        ps.append(variance.p_of_deviation(plain, tta))
+    assert scipy.stats.combine_pvalues(ps).pvalue == pytest.approx(0.009, abs=5e-4)
 
 
 def test_counted_votes_are_enough_without_the_logits(tmp_path):
