@@ -35,24 +35,31 @@ def make_sgd(net, lr, weight_decay=WEIGHT_DECAY):
     return torch.optim.SGD(trained, lr, momentum=MOMENTUM, weight_decay=weight_decay)
 
 
-def train(net, loader, optimizer, scheduler, epochs, *, loss=cross_entropy, on_epoch=None):
+def train(
+    net, loader, optimizer, scheduler, epochs, *, loss=cross_entropy, on_step=None, on_epoch=None
+):
     """Train for some epochs. The scheduler advances with every step.
 
     Raises UserError if the loss is not finite after an epoch.
 
     Args:
         loss: a function of (net, inputs, labels) that returns the mean over the batch.
-        on_epoch: a function that we call after each epoch with its number, from 1.
+        on_step, on_epoch: functions that we call after each step and epoch with its number, from
+            1. They may evaluate the network.
     """
     torch.manual_seed(loader.seed)  # for dropout
+    step = 0
     for epoch in range(1, epochs + 1):
-        net.train()
         for inputs, labels in progress(loader, f'epoch {epoch}'):
+            net.train()
             optimizer.zero_grad(set_to_none=True)
             value = loss(net, inputs, labels)
             value.backward()
             optimizer.step()
             scheduler.step()
+            step += 1
+            if on_step:
+                on_step(step)
         if not torch.isfinite(value):
             raise UserError(f'the training diverges: the loss is {value} after epoch {epoch}')
         if on_epoch:

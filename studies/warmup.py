@@ -1,21 +1,25 @@
 """What warmup does, and freezing the head instead (Gotmare et al. 2019, section 4).
 
     python -m studies.warmup                                # 15 minutes on two CPU cores
+    python -m studies.warmup --scale medium                 # an hour or two
     torchrun --nproc_per_node=8 -m studies.warmup --net resnet18 --scale paper --data cifar10
     python -m studies.warmup --show --out logs/mine         # the table and the pictures again
 
 We train a network in small batches; and in large batches, at a learning rate that is higher by the
 same factor: without warmup, with warmup (the rate rises from 0), and with the fully connected
-layers frozen for as long as warmup would take. Later the rate is divided by 10 at three places.
+layers frozen for as long as warmup would take. Later the rate is divided by 10 at a few places.
 SVCCA (studies/similarity.py) compares each layer after the warmup with the same layer at the start,
-and for the training with warmup also the end with the state after the warmup (Figures 4 and 5). The
-paper: with warmup, as in small batches, the last layers stay more similar to their start than
-without it, and freezing them does as well as warmup (Figure 4, Appendix 10). It gives no figures.
+and for the training with warmup also the end with the state after the warmup (Figures 4 and 5). In
+small batches, "after the warmup" is after as many steps. We also measure how far the weights moved.
+The paper: with warmup, and in small batches, the last layers stay more similar to their start than
+without warmup, their weights move less, and freezing them does as well as warmup (Figure 4,
+Appendix 10). It gives no figures.
 
 --scale paper is the paper's setting, with VGG-11, 3 seeds and 4 trainings of 300 epochs: 550 PFLOP,
-or 1.4 A100-hours at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains narrow
-networks on 2000 images. Our VGG-11 has no dropout, of which the paper does not speak. ResNet-18 and
-ResNet-32 have projections where they halve the maps.
+or 1.4 A100-hours at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale medium trains networks
+of a quarter of the widths, on half of the images. --scale small trains narrower networks on 2000
+images; they learn little. Our VGG-11 has no dropout, of which the paper does not speak. ResNet-18
+and ResNet-32 have projections where they halve the maps.
 """
 
 import sys
@@ -64,7 +68,18 @@ SMALL = PAPER | {
     'epochs': 24,
     'runs': 8,
 }
-SCALES = {'paper': PAPER, 'small': SMALL}
+MEDIUM = PAPER | {
+    'images': 25_000,
+    'share': 0.25,
+    'large_batch_size': 1000,
+    'lr': 0.015,
+    'large_lr': 0.15,
+    'warm_up': 4,
+    'drops': [14, 20],
+    'epochs': 24,
+    'runs': 5,
+}
+SCALES = {'paper': PAPER, 'medium': MEDIUM, 'small': SMALL}
 # The rates of ResNets are twice as high (Appendix 10).
 RESNET = {}
 for scale, own in SCALES.items():
@@ -103,38 +118,52 @@ def head_of(net):
 
 
 def train(cell, seed, place):
-    """Accuracies after each epoch, and how similar the layers are at three moments."""
+    """Accuracies after each epoch, and how similar the layers are at three moments.
+
+    Also how far the weights of each layer moved until the second moment, as a share of their norm.
+    """
     settings, name = place.settings, cell['training']
     batch_size = settings['batch_size' if name == 'sb' else 'large_batch_size']
     lr = settings['lr' if name == 'sb' else 'large_lr']
     loader, tests = sgd.loaders_of(place, batch_size, seed)
     net = make_network(settings, loader, seed)
     images = compared_images(place)
-    accuracies, layers = [], {}
+    # As in the paper, we look at small batches after as many steps, not epochs.
+    warm = settings['warm_up'] * (len(loader.images) // settings['large_batch_size'])
+    end = settings['epochs'] * len(loader)
+    accuracies, layers, weights = [], {}, {}
 
-    def look(epoch):
-        accuracies.append(airbench94.evaluate(net, tests))
-        if epoch in (0, settings['warm_up'], settings['epochs']):
-            layers[epoch] = observe(net, images)
-        if epoch == settings['warm_up']:
+    def look(step):
+        if step in (0, warm, end):
+            layers[step] = observe(net, images)
+            weights[step] = [layer.weight.detach().clone() for layer in layers_of(net).values()]
+        if step == warm:
             for p in head_of(net):
                 p.requires_grad = True
 
+    def evaluate(epoch):
+        accuracies.append(airbench94.evaluate(net, tests))
+
     look(0)
+    evaluate(0)
     optimizer = sgd.make_sgd(net, lr)
     for p in head_of(net):
         p.requires_grad = name != 'lb-frozen'
     scheduler = LambdaLR(optimizer, rate_share(settings, len(loader), name == 'lb-warmup'))
-    sgd.train(net, loader, optimizer, scheduler, settings['epochs'], on_epoch=look)
-    start, warm, end = [layers[epoch] for epoch in (0, settings['warm_up'], settings['epochs'])]
+    callbacks = {'on_step': look, 'on_epoch': evaluate}
+    sgd.train(net, loader, optimizer, scheduler, settings['epochs'], **callbacks)
     return {
         'val_acc': accuracies,
         'is_head': [isinstance(layer, nn.Linear) for layer in layers_of(net).values()],
-        'start and warm': similarities(start, warm),
-        'warm and end': similarities(warm, end),
+        'moved': [
+            ((after - before).norm() / before.norm()).item()
+            for before, after in zip(weights[0], weights[warm])
+        ],
+        'start and warm': similarities(layers[0], layers[warm]),
+        'warm and end': similarities(layers[warm], layers[end]),
         'noise': {
-            'start and warm': noise_floors(start, warm, seed),
-            'warm and end': noise_floors(warm, end, seed),
+            'start and warm': noise_floors(layers[0], layers[warm], seed),
+            'warm and end': noise_floors(layers[warm], layers[end], seed),
         },
     }
 
@@ -143,11 +172,10 @@ def train(cell, seed, place):
 
 
 def matrices_of(records, name, when='start and warm'):
-    """(similarities, noise floors), each (seeds, layers, layers). In old records noise is NaN."""
+    """(similarities, noise floors), each (seeds, layers, layers)."""
     of_name = in_cell(records, training=name)
     similar = np.array([record[when] for record in of_name])
-    unknown = {when: np.full_like(similar[0], np.nan)}
-    return similar, np.array([record.get('noise', unknown)[when] for record in of_name])
+    return similar, np.array([record['noise'][when] for record in of_name])
 
 
 def to_the_start(records, name):
@@ -155,10 +183,18 @@ def to_the_start(records, name):
     return [np.diagonal(values, axis1=1, axis2=2) for values in matrices_of(records, name)]
 
 
-def head_similarities(records, name):
-    """(similarity of the head's layers to their start, noise), each in the mean of the layers."""
-    is_head = np.array(in_cell(records, training=name)[0]['is_head'])
-    return [of_layers[:, is_head].mean(1) for of_layers in to_the_start(records, name)]
+def moves(records, name):
+    """How far each layer moved until warmup ended, in % of its weights' norm: (seeds, layers)."""
+    return np.array([100 * np.array(record['moved']) for record in in_cell(records, training=name)])
+
+
+def of_head(records, values):
+    """The means over the fully connected layers of values for each layer, (seeds, layers)."""
+    return values[:, np.array(records[0]['is_head'])].mean(1)
+
+
+def of_convolutions(records, values):
+    return values[:, ~np.array(records[0]['is_head'])].mean(1)
 
 
 def accuracies_at(records, name, epoch):
@@ -169,19 +205,40 @@ def accuracies_at(records, name, epoch):
 def print_trainings(records, settings):
     n = len(in_cell(records, training='lb'))
     print(f'{describe(settings)}; n={n}, with 95% intervals; accuracies in %')
-    titles = ['', 'after warmup', 'at the end', 'similarity of the head to its start', 'noise']
+    titles = ['', 'after warmup', 'at the end']
+    titles += ['similarity of the head to its start', 'noise', 'its weights moved, %']
     rows = []
     for name, title in TRAININGS.items():
         row = [title]
         for epoch in (settings['warm_up'], -1):
             row.append(mean_text(accuracies_at(records, name, epoch), '.2f'))
-        similar, noise = head_similarities(records, name)
-        rows.append([*row, mean_text(similar, '.3f'), mean_text([noise.mean()], '.3f')])
+        similar, noise = [of_head(records, values) for values in to_the_start(records, name)]
+        row += [mean_text(similar, '.3f'), mean_text([noise.mean()], '.3f')]
+        rows.append([*row, mean_text(of_head(records, moves(records, name)), '.0f')])
     print_table(titles, rows)
-    (with_warmup, _), (without, _) = [head_similarities(records, n) for n in ('lb-warmup', 'lb')]
-    p = paired_p(with_warmup, without)
-    print(f'warmup keeps the head more similar to its start: one-sided p={p:.2g}')
-    for when, epoch in (('after it', settings['warm_up']), ('at the end', -1)):
+
+
+def print_effects(records, settings):
+    """The paper's statements, with p."""
+    similar, moved = {}, {}
+    for name in ('sb', 'lb', 'lb-warmup'):
+        similar[name] = of_head(records, to_the_start(records, name)[0])
+        moved[name] = of_head(records, moves(records, name))
+    for name in ('lb-warmup', 'sb'):
+        print(f'{TRAININGS[name]}, against large batches: one-sided p that the head is')
+        p = paired_p(similar[name], similar['lb'])
+        print(f'  more similar to its start: {p:.2g}')
+        p = paired_p(moved['lb'], moved[name])
+        print(f'  less far from it: {p:.2g}')
+    shares = {}
+    for part, mean_of in (('head', of_head), ('convolutions', of_convolutions)):
+        with_warmup, without = [mean_of(records, moves(records, n)) for n in ('lb-warmup', 'lb')]
+        shares[part] = with_warmup / without
+        share = mean_text(shares[part], '.2f')
+        print(f'with warmup, the weights of the {part} move {share} times as far as without')
+    p = paired_p(shares['convolutions'], shares['head'])
+    print(f'  warmup limits the head more: one-sided p={p:.2g}')
+    for when, epoch in (('after warmup', settings['warm_up']), ('at the end', -1)):
         frozen, warm, neither = [
             accuracies_at(records, name, epoch) for name in ('lb-frozen', 'lb-warmup', 'lb')
         ]
@@ -192,22 +249,23 @@ def print_trainings(records, settings):
 
 
 def draw_trainings(records, warm_up, stem):
-    """Figure 4: accuracies, and how similar each layer is to its start."""
-    figure = new_figure(10, 4)
-    left, right = figure.subplots(1, 2)
+    """Figure 4: accuracies; how similar each layer is to its start; and how far its weights are."""
+    figure = new_figure(14, 4)
+    left, middle, right = figure.subplots(1, 3)
     for (name, title), colour in zip(TRAININGS.items(), COLOURS):
         accuracies = np.array([record['val_acc'] for record in in_cell(records, training=name)])
         left.plot(100 * accuracies.mean(0), color=colour, label=title)
         similar, noise = [values.mean(0) for values in to_the_start(records, name)]
         layers = range(1, len(similar) + 1)
-        right.plot(layers, similar, 'o-', color=colour)
-        right.plot(layers, noise, ':', color=colour)
+        middle.plot(layers, similar, 'o-', color=colour)
+        middle.plot(layers, noise, ':', color=colour)
+        right.plot(layers, moves(records, name).mean(0), 'o-', color=colour)
     left.axvline(warm_up, color='grey', linewidth=0.8)
     left.set(xlabel='epochs; the line is where warmup ends', ylabel='test accuracy (%)')
-    right.set(xlabel='layer', ylabel='similarity to the start,\nafter warmup', ylim=(0, 1.02))
-    if np.isfinite(noise).all():
-        right.set_title('dotted: noise')
-    figure.legend(loc='outside upper center', ncols=4, fontsize='small')
+    middle.set(xlabel='layer', ylabel='similarity to the start,\nafter warmup', ylim=(0, 1.02))
+    middle.set_title('dotted: noise')
+    right.set(xlabel='layer', ylabel='weights moved by then\n(% of their norm)', ylim=(0, None))
+    figure.legend(loc='outside upper center', ncols=4)
     save_both(figure, stem)
 
 
@@ -215,6 +273,7 @@ def show(config, records, folder):
     settings = config['settings']
     records = whole_seeds(records, plan(settings, []), folder, least=2)
     print_trainings(records, settings)
+    print_effects(records, settings)
     draw_trainings(records, settings['warm_up'], folder / 'warmup')
     compared = [(name, 'start and warm') for name in ('sb', 'lb', 'lb-warmup')]
     compared.append(('lb-warmup', 'warm and end'))

@@ -134,6 +134,28 @@ def test_training_that_diverges_is_a_mistake():
         sgd.train(net, digits(), optimizer, LambdaLR(optimizer, lambda step: 1), 2)
 
 
+def train_vgg(looks):
+    """The weights of a VGG-11; looks: a list for the steps after which we evaluate it, or None."""
+    net = networks.make_vgg(11, batchnorm=True, dropout=0.5, share=0.0625, seed=0, **CPU)
+    optimizer = sgd.make_sgd(net, 0.01)
+
+    def look(step):
+        net.eval()
+        looks.append(step)
+
+    on_step = None if looks is None else look
+    scheduler = LambdaLR(optimizer, lambda step: 1)
+    sgd.train(net, digits(), optimizer, scheduler, 2, on_step=on_step)
+    return net.state_dict()
+
+
+def test_looking_after_each_step_changes_nothing():
+    looks = []
+    plain, looked_at = train_vgg(None), train_vgg(looks)
+    assert looks == list(range(1, 11))
+    assert all(torch.equal(plain[name], looked_at[name]) for name in plain)
+
+
 #### Curves ####
 
 
@@ -417,19 +439,35 @@ def test_the_rate_rises_and_drops():
     assert warmup.rate_share(settings, 10, has_warmup=False)(0) == 1
 
 
+@pytest.mark.parametrize('name, expected', [('sb', [0, 2, 10]), ('lb', [0, 2, 4])])
+def test_small_batches_are_compared_after_as_many_steps(name, expected, tmp_path, monkeypatch):
+    place = make_place(tmp_path, warmup, 'vgg11-bn')  # 2 large batches an epoch, or 5 small ones
+    seen, steps = [], [0]
+
+    def pretend_to_train(net, loader, optimizer, scheduler, epochs, on_step, on_epoch):
+        for step in range(1, epochs * len(loader) + 1):
+            steps.append(step)
+            on_step(step)
+
+    monkeypatch.setattr(sgd, 'train', pretend_to_train)
+    monkeypatch.setattr(warmup, 'observe', lambda net, images: seen.append(steps[-1]) or {})
+    warmup.train({'training': name}, 0, place)
+    assert seen == expected
+
+
 @pytest.mark.parametrize('net', ['vgg11', 'resnet18'])
 def test_a_frozen_head_stays_and_then_learns(net, tmp_path, monkeypatch):
     place = make_place(tmp_path, warmup, net)
     heads = []
     train_as_ever = sgd.train
 
-    def train(net, loader, optimizer, scheduler, epochs, on_epoch):
+    def train(net, loader, optimizer, scheduler, epochs, on_step, on_epoch):
         def look(epoch):
             heads.append([p.detach().clone() for p in warmup.head_of(net)])
             on_epoch(epoch)
 
         look(0)
-        train_as_ever(net, loader, optimizer, scheduler, epochs, on_epoch=look)
+        train_as_ever(net, loader, optimizer, scheduler, epochs, on_step=on_step, on_epoch=look)
 
     monkeypatch.setattr(sgd, 'train', train)
     warmup.train({'training': 'lb-frozen'}, 0, place)
