@@ -470,7 +470,8 @@ def test_a_frozen_head_stays_and_then_learns(net, tmp_path, monkeypatch):
         train_as_ever(net, loader, optimizer, scheduler, epochs, on_step=on_step, on_epoch=look)
 
     monkeypatch.setattr(sgd, 'train', train)
-    warmup.train({'training': 'lb-frozen'}, 0, place)
+    record = warmup.train({'training': 'lb-frozen'}, 0, place)
+    assert [moved == 0 for moved in record['moved']] == record['is_head']
     start, warm, end = heads
     assert len(start) == (6 if net == 'vgg11' else 2)
     assert all(torch.equal(a, b) for a, b in zip(start, warm))
