@@ -43,10 +43,8 @@ def mean_and_interval(values):
 
 
 def mean_text(values, form):
-    """The mean of some values, with its 95% interval if there are several, or - if it is NaN."""
+    """The mean of some values, with its 95% interval if there are several."""
     mean, half = mean_and_interval(values)
-    if np.isnan(mean):
-        return '-'
     if np.isnan(half):
         return f'{mean:{form}}'
     return f'{mean:{form}} +-{half:{form.removeprefix("+")}}'

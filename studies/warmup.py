@@ -188,13 +188,10 @@ def moves(records, name):
     return np.array([100 * np.array(record['moved']) for record in in_cell(records, training=name)])
 
 
-def of_head(records, values):
-    """The means over the fully connected layers of values for each layer, (seeds, layers)."""
-    return values[:, np.array(records[0]['is_head'])].mean(1)
-
-
-def of_convolutions(records, values):
-    return values[:, ~np.array(records[0]['is_head'])].mean(1)
+def of_parts(records, values):
+    """Means over the fully connected layers, and over the convolutions, of (seeds, layers)."""
+    is_head = np.array(records[0]['is_head'])
+    return values[:, is_head].mean(1), values[:, ~is_head].mean(1)
 
 
 def accuracies_at(records, name, epoch):
@@ -212,32 +209,34 @@ def print_trainings(records, settings):
         row = [title]
         for epoch in (settings['warm_up'], -1):
             row.append(mean_text(accuracies_at(records, name, epoch), '.2f'))
-        similar, noise = [of_head(records, values) for values in to_the_start(records, name)]
-        row += [mean_text(similar, '.3f'), mean_text([noise.mean()], '.3f')]
-        rows.append([*row, mean_text(of_head(records, moves(records, name)), '.0f')])
+        (similar, _), (noise, _) = [of_parts(records, x) for x in to_the_start(records, name)]
+        moved, _ = of_parts(records, moves(records, name))
+        row += [mean_text(similar, '.3f'), f'{noise.mean():.3f}', mean_text(moved, '.0f')]
+        rows.append(row)
     print_table(titles, rows)
 
 
-def print_effects(records, settings):
-    """The paper's statements, with p."""
-    similar, moved = {}, {}
+def print_changes(records):
+    """Whether the layers change less by the end of warmup, with p."""
+    similar, head, convolutions = {}, {}, {}
     for name in ('sb', 'lb', 'lb-warmup'):
-        similar[name] = of_head(records, to_the_start(records, name)[0])
-        moved[name] = of_head(records, moves(records, name))
+        similar[name], _ = of_parts(records, to_the_start(records, name)[0])
+        head[name], convolutions[name] = of_parts(records, moves(records, name))
     for name in ('lb-warmup', 'sb'):
         print(f'{TRAININGS[name]}, against large batches: one-sided p that the head is')
-        p = paired_p(similar[name], similar['lb'])
-        print(f'  more similar to its start: {p:.2g}')
-        p = paired_p(moved['lb'], moved[name])
-        print(f'  less far from it: {p:.2g}')
+        print(f'  more similar to its start: {paired_p(similar[name], similar["lb"]):.2g}')
+        print(f'  less far from it: {paired_p(head["lb"], head[name]):.2g}')
     shares = {}
-    for part, mean_of in (('head', of_head), ('convolutions', of_convolutions)):
-        with_warmup, without = [mean_of(records, moves(records, n)) for n in ('lb-warmup', 'lb')]
-        shares[part] = with_warmup / without
+    for part, moved in (('head', head), ('convolutions', convolutions)):
+        shares[part] = moved['lb-warmup'] / moved['lb']
         share = mean_text(shares[part], '.2f')
         print(f'with warmup, the weights of the {part} move {share} times as far as without')
     p = paired_p(shares['convolutions'], shares['head'])
     print(f'  warmup limits the head more: one-sided p={p:.2g}')
+
+
+def print_freezing(records, settings):
+    """Whether freezing the head does as well as warmup, with p."""
     for when, epoch in (('after warmup', settings['warm_up']), ('at the end', -1)):
         frozen, warm, neither = [
             accuracies_at(records, name, epoch) for name in ('lb-frozen', 'lb-warmup', 'lb')
@@ -273,7 +272,8 @@ def show(config, records, folder):
     settings = config['settings']
     records = whole_seeds(records, plan(settings, []), folder, least=2)
     print_trainings(records, settings)
-    print_effects(records, settings)
+    print_changes(records)
+    print_freezing(records, settings)
     draw_trainings(records, settings['warm_up'], folder / 'warmup')
     compared = [(name, 'start and warm') for name in ('sb', 'lb', 'lb-warmup')]
     compared.append(('lb-warmup', 'warm and end'))
