@@ -16,7 +16,8 @@ trains a worker for each of these networks, from where phase 1 ended. So a cycle
 
 torch.optim.swa_utils averages. Operations are those of the slowest of 8 ranks, as in swap_tables.
 --scale paper trains 10 networks for each row: with ResNet-9, 1600 PFLOP, or four A100-hours at
-airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains narrow networks on a tenth of
+airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale full compares SWAP with its own cycles in
+sequence, on the same networks and all images. --scale small trains narrow networks on a tenth of
 the images.
 """
 
@@ -44,7 +45,13 @@ from studies.swap import (
     train_worker,
 )
 
-SCALES = scales({'paper': {'runs': 10}, 'small': {'runs': 6}})
+SCALES = scales(
+    {
+        'paper': {'runs': 10},
+        'full': {'runs': 3, 'ways': ['large-then-small-swa', 'swap']},  # without 'ways': all
+        'small': {'runs': 6},
+    }
+)
 
 
 @dataclass
@@ -80,9 +87,14 @@ PUBLISHED = {
 #### What to train #################################################################################
 
 
+def ways_of(settings):
+    """{name: Way} of those that a scale compares."""
+    return {name: WAYS[name] for name in settings.get('ways', WAYS)}
+
+
 def plan(settings, records):
     """Every way, seed by seed."""
-    return for_each_seed([{'way': way} for way in WAYS], settings)
+    return for_each_seed([{'way': way} for way in ways_of(settings)], settings)
 
 
 def with_cycles(hyps, way):
@@ -153,14 +165,15 @@ def accuracies_of(records, way):
     return before, after
 
 
-def print_ways(records):
+def print_ways(records, ways):
     n = len(in_cell(records, way='swap'))
     print(f'accuracy in %, n={n}, with its standard deviation; one-sided p that averaging helps')
     print('the paper: CIFAR-100, 8 V100s')
     titles = ['', 'before averaging', 'after', 'p', 'seconds', 'PFLOP']
     titles += ['paper: before averaging', 'after', 'seconds']
     rows = []
-    for way, (before, deviation, after, deviation_after, seconds) in PUBLISHED.items():
+    for way in ways:
+        before, deviation, after, deviation_after, seconds = PUBLISHED[way]
         row, (singles, averages) = [way], accuracies_of(records, way)
         for values in (singles, averages):
             row.append(f'{values.mean():.2f} +-{values.std(ddof=1):.2f}')
@@ -172,7 +185,7 @@ def print_ways(records):
     print_table(titles, rows)
     ours = accuracies_of(records, 'swap')[1]
     print('\nSWAP over SWA, after averaging, with 95% interval:')
-    for way in list(WAYS)[:3]:
+    for way in [name for name in ways if not ways[name].is_parallel]:
         gain = mean_text(ours - accuracies_of(records, way)[1], '+.2f')
         print(f'  {way:20} {gain}')
 
@@ -190,17 +203,18 @@ def rates(hyp, cycles):
     return epochs, values
 
 
-def draw_ways(config, records, num_classes, stem):
+def draw_ways(config, records, ways, stem):
     """Figure 6's learning rates, and accuracies before and after averaging: ours, the paper's."""
-    figure = new_figure(12, 5.5)
+    figure = new_figure(12, 1 + 0.9 * len(ways))
     left, right = figure.subfigures(1, 2, width_ratios=(1, 3))
-    of_rates = left.subplots(len(WAYS), 1, sharex=True)
+    of_rates = left.subplots(len(ways), 1, sharex=True)
     ours, theirs = right.subplots(1, 2, sharey=True)
+    num_classes = config['data']['classes']
     hyps = {
         method: override(swap94.hyp, assignments_of(config['settings'], method, num_classes))
         for method in METHODS
     }
-    for i, (name, way) in enumerate(WAYS.items()):
+    for i, (name, way) in enumerate(ways.items()):
         hyp, colour = with_cycles(hyps, way), COLOURS[i]
         _, cycles = chains(way, hyp['phase2']['workers'])
         of_rates[i].plot(*rates(hyp, cycles), color=colour)
@@ -213,17 +227,18 @@ def draw_ways(config, records, num_classes, stem):
         ours.plot(averages, np.full(len(averages), i), 'o', color=colour)
     of_rates[-1].set_xlabel('epochs')
     left.supylabel('learning rate')
-    ours.set_yticks(range(len(WAYS)), WAYS)
-    ours.set(ylim=(len(WAYS) - 0.5, -0.5), title='here')
+    ours.set_yticks(range(len(ways)), ways)
+    ours.set(ylim=(len(ways) - 0.5, -0.5), title='here')
     theirs.set(title='paper (CIFAR-100)')
     right.supxlabel('test accuracy without TTA (%), before averaging (empty) and after')
     save_both(figure, stem)
 
 
 def show(config, records, folder):
+    ways = ways_of(config['settings'])
     records = whole_seeds(records, plan(config['settings'], []), folder, least=2)
-    print_ways(records)
-    draw_ways(config, records, config['data']['classes'], folder / 'swa')
+    print_ways(records, ways)
+    draw_ways(config, records, ways, folder / 'swa')
 
 
 STUDY = Study('swa', __doc__, SCALES, plan, train, show)

@@ -296,6 +296,22 @@ def test_large_batch_swa_keeps_to_large_batches():
     assert epochs[-1] == 8 + 6 + 6 and rates[101] == rates[202] == 0.06
 
 
+def test_full_scale_compares_two_ways(tmp_path, capsys):
+    settings = swa.SCALES['airbench']['full'] | {'net': 'airbench', 'runs': 2}
+    accuracies = {'large-then-small-swa': 0.8, 'swap': 0.77}
+    records = []
+    for cell, seed in swa.plan(settings, []):
+        accuracy = accuracies[cell['way']] + seed / 100
+        record = {'val_acc': accuracy, 'networks': 2 * [accuracy - 0.01 - seed / 1000]}
+        records.append({'cell': cell, 'seed': seed, 'training_seconds': 1, 'pflop': 2} | record)
+    assert len(records) == 4
+    swa.show({'settings': settings, 'data': {'classes': 10}}, records, tmp_path)
+    output = capsys.readouterr().out
+    assert 'small-batch-swa' not in output and '80.50 +-0.71' in output
+    assert '-3.00' in output and 'swap ' not in output.partition('SWAP over SWA')[2]
+    assert (tmp_path / 'swa.png').exists()
+
+
 #### Planes ####
 
 
