@@ -30,25 +30,9 @@ from studies.common import Study, first_images, in_cell, run_study
 from studies.flip import NARROW, FlipLoader
 from studies.show import COLOURS, new_figure, print_table, save_both
 
-PAPER = {
-    'hyp': [],
-    'images': None,  # of the training set: all
-    'tests': None,  # of the test set: all
-    'target': 0.94,
-    'first': 12,  # epochs
-    'rounds': 6,
-    'runs': 25,
-}
-SMALL = {
-    'hyp': [*NARROW, 'opt.batch_size=100'],
-    'images': 5000,
-    'tests': 5000,
-    'target': 0.6,
-    'first': 4,
-    'rounds': 3,
-    'runs': 3,
-}
-SCALES = {'paper': PAPER, 'small': SMALL}
+# Where a training starts from, and what happens to the feature there.
+STARTS = {'final': 'final recipe', 'baseline': 'whitened baseline'}
+CHANGES = {'final': 'without it', 'baseline': 'with it'}
 
 # What we set where a feature is missing.
 WITHOUT = {
@@ -61,6 +45,40 @@ WITHOUT = {
 }
 FEATURES = list(WITHOUT)
 
+QUARTER = ['net.widths.block1=16', 'net.widths.block2=64', 'net.widths.block3=64']
+
+PAPER = {
+    'starts': list(STARTS),
+    'features': FEATURES,
+    'hyp': [],
+    'images': None,  # of the training set: all
+    'tests': None,  # of the test set: all
+    'target': 0.94,
+    'first': 12,  # epochs
+    'rounds': 6,
+    'runs': 25,
+}
+MEDIUM = PAPER | {
+    'starts': ['final'],
+    'features': ['Lookahead', 'multi-crop TTA', 'alternating flip'],
+    'hyp': [*QUARTER, 'opt.batch_size=500'],
+    'images': 25_000,
+    'target': 0.84,
+    'first': 6,
+    'rounds': 2,
+    'runs': 8,
+}
+SMALL = PAPER | {
+    'hyp': [*NARROW, 'opt.batch_size=100'],
+    'images': 5000,
+    'tests': 5000,
+    'target': 0.6,
+    'first': 4,
+    'rounds': 3,
+    'runs': 3,
+}
+SCALES = {'paper': PAPER, 'medium': MEDIUM, 'small': SMALL}
+
 # Epochs to 94%, where the paper's text says so (sections 3.2, 3.3, 3.6 and 5.1).
 PUBLISHED = {
     ('final', 'none'): 9.9,
@@ -70,13 +88,13 @@ PUBLISHED = {
 }
 
 
-def variants():
+def variants(settings):
     """All trainings: (start, the feature that is removed from the final recipe, or added)."""
-    found = [(start, 'none') for start in ('final', 'baseline')]
-    for feature in FEATURES:
-        found.append(('final', feature))
-        if feature != 'whitening':
-            found.append(('baseline', feature))
+    found = [(start, 'none') for start in settings['starts']]
+    for feature in settings['features']:
+        for start in settings['starts']:
+            if (start, feature) != ('baseline', 'whitening'):
+                found.append((start, feature))
     return found
 
 
@@ -155,7 +173,7 @@ def next_epochs(tried, target, first):
 def plan(settings, records):
     """The networks of all rounds that are done, and of each variant's next one."""
     jobs = []
-    for start, feature in variants():
+    for start, feature in variants(settings):
         tried = {}
         for _ in range(settings['rounds']):
             epochs = next_epochs(tried, settings['target'], settings['first'])
@@ -193,21 +211,23 @@ def epochs_of(errors, target):
     return epochs_to(target, epochs, np.concatenate(list(errors.values())))
 
 
-def found_epochs(records, target, resamples=200):
+def found_epochs(records, settings, resamples=200):
     """{(start, feature): an array with the epochs to the target, and with each bootstrap's}.
 
     It has those for which at least two numbers of epochs were tried.
     """
     rng = np.random.default_rng(0)
     found = {}
-    for start, feature in variants():
+    for start, feature in variants(settings):
         errors = {}
         for record in in_cell(records, start=start, feature=feature):
             errors.setdefault(record['cell']['epochs'], []).append(1 - record['tta_val_acc'])
         if len(errors) < 2:
             continue
         samples = [errors, *(resample(errors, rng) for _ in range(resamples))]
-        found[start, feature] = np.array([epochs_of(sample, target) for sample in samples])
+        found[start, feature] = np.array(
+            [epochs_of(sample, settings['target']) for sample in samples]
+        )
     return found
 
 
@@ -228,51 +248,52 @@ def savings(found, feature):
 
 #### What to show ##################################################################################
 
-STARTS = {'final': 'final recipe without it', 'baseline': 'whitened baseline with it'}
 
-
-def print_epochs(found, target):
+def print_epochs(found, settings):
+    starts, target = settings['starts'], settings['target']
     print(f'epochs to {100 * target:.0f}%, with the 95% interval; of the paper, to 94%')
     rows = []
-    for feature in ['none', *FEATURES]:
+    for feature in ['none', *settings['features']]:
         row = [feature]
-        for start in STARTS:
+        for start in starts:
             text = '-'
             if (start, feature) in found:
                 epochs, low, high = value_and_interval(found[start, feature])
                 text = f'{epochs:.1f} ({low:.1f} to {high:.1f})'
             row += [text, str(PUBLISHED.get((start, feature), '-'))]
         rows.append(row)
-    print_table(['feature', STARTS['final'], 'paper', STARTS['baseline'], 'paper'], rows)
+    titles = [title for start in starts for title in (f'{STARTS[start]} {CHANGES[start]}', 'paper')]
+    print_table(['feature', *titles], rows)
 
 
-def draw_savings(found, target, stem):
+def draw_savings(found, settings, stem):
     """Figure 4: the epochs that each feature saves, here and where the paper's text says so."""
-    figure = new_figure(9, 4.5)
+    features, target = settings['features'], settings['target']
+    figure = new_figure(9, 1.5 + 0.5 * len(features))
     ours, theirs = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
-    places = np.arange(len(FEATURES))
+    places = np.arange(len(features))
     published = {key: np.array([epochs]) for key, epochs in PUBLISHED.items()}
     for axes, epochs, percent in ((ours, found, 100 * target), (theirs, published, 94)):
-        saved = np.array([savings(epochs, feature) for feature in FEATURES])
-        for start, name in enumerate(('final recipe', 'whitened baseline')):
-            values, low, high = saved[:, start].T
-            at = places + 0.4 * (start - 0.5)
-            axes.barh(at, values, 0.38, color=COLOURS[start], label=f'to the {name}')
+        saved = np.array([savings(epochs, feature) for feature in features])
+        for i, start in enumerate(settings['starts']):
+            values, low, high = saved[:, list(STARTS).index(start)].T
+            at = places + 0.4 * (i - 0.5)
+            axes.barh(at, values, 0.38, color=COLOURS[i], label=f'to the {STARTS[start]}')
             axes.hlines(at, low, high, color='black', linewidth=1)
         axes.axvline(0, color='black', linewidth=0.8)
         axes.set_xlabel(f'epochs to {percent:.0f}%\nthat a feature saves')
-    ours.set(title='here', ylim=(len(FEATURES) - 0.5, -0.5))
-    ours.set_yticks(places, FEATURES)
+    ours.set(title='here', ylim=(len(features) - 0.5, -0.5))
+    ours.set_yticks(places, features)
     theirs.set(title='paper')
     figure.legend(*ours.get_legend_handles_labels(), loc='outside upper center', ncols=2)
     save_both(figure, stem)
 
 
 def show(config, records, folder):
-    target = config['settings']['target']
-    found = found_epochs(records, target)
-    print_epochs(found, target)
-    draw_savings(found, target, folder / 'ablation')
+    settings = config['settings']
+    found = found_epochs(records, settings)
+    print_epochs(found, settings)
+    draw_savings(found, settings, folder / 'ablation')
 
 
 STUDY = Study('ablation', __doc__, {'airbench94': SCALES}, plan, train, show)

@@ -302,15 +302,31 @@ def test_what_a_feature_saves_has_an_interval():
                 error = 0.4 * (needed / epochs) ** 0.5 + 0.002 * rng.standard_normal()
                 cell = {'start': 'final', 'feature': feature, 'epochs': epochs}
                 records.append({'cell': cell, 'seed': seed, 'tta_val_acc': 1 - error})
-    found = ablation.found_epochs(records, 0.6)
+    found = ablation.found_epochs(records, ablation.SMALL)
     (saved, low, high), baseline = ablation.savings(found, 'Lookahead')
     assert saved == pytest.approx(4, abs=0.2) and low < saved < high and high - low < 1
     assert np.isnan(baseline).all()
 
 
+def test_medium_scale_only_removes_the_features_that_small_scale_did_not_show(tmp_path, capsys):
+    settings = ablation.MEDIUM | {'runs': 2}
+    needed = {'none': 8, 'Lookahead': 10, 'multi-crop TTA': 9, 'alternating flip': 12}
+    assert {cell['feature'] for cell, _ in ablation.plan(settings, [])} == set(needed)
+    records = []
+    for feature, epochs_needed in needed.items():
+        for epochs in (6, 12):
+            error = (1 - settings['target']) * (epochs_needed / epochs) ** 0.5
+            cell = {'start': 'final', 'feature': feature, 'epochs': epochs}
+            records += [{'cell': cell, 'seed': seed, 'tta_val_acc': 1 - error} for seed in (0, 1)]
+    ablation.show({'settings': settings}, records, tmp_path)
+    output = capsys.readouterr().out
+    assert '12.0 (12.0 to 12.0)' in output and 'baseline' not in output
+    assert (tmp_path / 'ablation.png').exists()
+
+
 def test_the_plan_waits_for_a_rounds_networks():
     jobs = ablation.plan(smoke.settings_of('ablation'), [])
-    assert len(jobs) == len(ablation.variants()) == 13
+    assert len(jobs) == len(ablation.variants(ablation.PAPER)) == 13
     cell, seed = jobs[0]
     high = {'cell': cell, 'seed': seed, 'tta_val_acc': 0.9}
     added = [job for job in ablation.plan(smoke.settings_of('ablation'), [high]) if job not in jobs]
