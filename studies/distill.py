@@ -42,7 +42,9 @@ from studies.similarity import compared_images, draw_matrices, noise_floors, obs
 PAPER = {
     'images': None,  # of the training set: all
     'compared': 2000,  # test images, for SVCCA
-    'share': 1.0,  # of both networks' full widths
+    'share': 1.0,  # of the teacher's full widths
+    'student_share': 1.0,  # of the students'
+    'student_augmented': True,  # whether they see shifted and mirrored images; the teacher does
     'dropout': 0.5,  # of the teacher
     'batch_size': 100,
     'lr': 0.05,  # of the teacher
@@ -52,9 +54,20 @@ PAPER = {
     'temperature': 5.0,
     'runs': 5,
 }
+MEDIUM = PAPER | {
+    'images': 25_000,
+    'share': 0.25,
+    'student_augmented': False,
+    'dropout': 0.0,
+    'lr': 0.02,
+    'teacher_epochs': 20,
+    'epochs': 20,
+    'runs': 3,
+}
 SMALL = PAPER | {
     'images': 2500,
     'share': 0.125,
+    'student_share': 0.125,
     'dropout': 0.0,
     'batch_size': 25,
     'lr': 0.01,
@@ -62,7 +75,7 @@ SMALL = PAPER | {
     'epochs': 20,
     'runs': 6,
 }
-SCALES = {'paper': PAPER, 'small': SMALL}
+SCALES = {'paper': PAPER, 'medium': MEDIUM, 'small': SMALL}
 STUDENTS = {'labels': 'student on labels', 'teacher': 'student on the teacher'}
 PUBLISHED = {'labels': 83.01, 'teacher': 85.18}  # section 5: best accuracy of 5 students, in %
 CONVOLUTIONS = 2  # the first layers of the student; the others are linear
@@ -101,14 +114,19 @@ def train(cell, seed, place):
         'teacher': distillation(teacher, settings['temperature']),
     }
     record = {'teacher_acc': airbench94.evaluate(teacher, tests), 'noise': {}}
+    augmented = settings['student_augmented']
+    loader, _ = sgd.loaders_of(place, settings['batch_size'], seed, augmented=augmented)
     for name, loss in losses.items():
         options = {'seed': seed, 'device': place.device, 'dtype': place.dtype}
-        student = make_student(place.num_classes, share=settings['share'], **options)
+        student = make_student(place.num_classes, share=settings['student_share'], **options)
         loader.epoch = 0  # both students see the same images in the same order
         sgd.train_by_steps(student, loader, settings['student_lr'], settings['epochs'], loss)
         layers = observe(student, images), of_teacher
-        accuracy = airbench94.evaluate(student, tests)
-        record[name] = {'val_acc': accuracy, 'similarities': similarities(*layers)}
+        record[name] = {
+            'val_acc': airbench94.evaluate(student, tests),
+            'train_acc': airbench94.evaluate(student, loader),
+            'similarities': similarities(*layers),
+        }
         record['noise'][name] = noise_floors(*layers, seed)
     return record
 
@@ -133,10 +151,12 @@ def print_accuracies(records, settings):
     accuracies, rows = {}, []
     for name, title in STUDENTS.items():
         accuracies[name] = [100 * record[name]['val_acc'] for record in records]
-        rows.append([title, mean_text(accuracies[name], '.2f'), str(PUBLISHED[name])])
+        trained = [100 * record[name]['train_acc'] for record in records]
+        row = [title, mean_text(accuracies[name], '.2f'), mean_text(trained, '.2f')]
+        rows.append([*row, str(PUBLISHED[name])])
     of_teacher = [100 * record['teacher_acc'] for record in records]
-    rows.append(['teacher', mean_text(of_teacher, '.2f'), '-'])
-    print_table(['', 'here', 'paper, best of 5'], rows)
+    rows.append(['teacher', mean_text(of_teacher, '.2f'), '-', '-'])
+    print_table(['', 'test images', 'training images', 'paper, best of 5'], rows)
     p = paired_p(accuracies['teacher'], accuracies['labels'])
     print(f'teacher better than labels: one-sided p={p:.2g}')
 

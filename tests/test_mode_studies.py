@@ -514,3 +514,22 @@ def test_a_student_like_its_teacher_has_no_loss_and_a_sure_teacher_is_like_label
     loss = distill.distillation(sure_teacher, 1.0)
     expected = F.cross_entropy(logits, labels).item()
     assert loss(nn.Identity(), logits, labels).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_students_can_see_plain_images_and_their_training_accuracy_is_measured(
+    tmp_path, monkeypatch
+):
+    place = make_place(tmp_path, distill, 'vgg16-bn')
+    place.settings['student_augmented'] = False
+    shifts = []
+
+    def train_by_steps(net, loader, *args):
+        shifts.append(loader.aug['translate'])
+
+    monkeypatch.setattr(sgd, 'train_by_steps', train_by_steps)
+    record = distill.train({'part': 'students'}, 0, place)
+    assert shifts == [4, 0, 0]
+    student = networks.make_student(10, share=place.settings['student_share'], seed=0, **CPU)
+    images = place.training_loader(20)
+    accuracy = airbench94.evaluate(student, images)
+    assert record['labels']['train_acc'] == record['teacher']['train_acc'] == accuracy
