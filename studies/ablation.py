@@ -268,24 +268,27 @@ def print_epochs(found, settings):
 
 def draw_savings(found, settings, stem):
     """Figure 4: the epochs that each feature saves, here and where the paper's text says so."""
-    features, target = settings['features'], settings['target']
-    figure = new_figure(9, 1.5 + 0.5 * len(features))
-    ours, theirs = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
-    places = np.arange(len(features))
+    starts, features = settings['starts'], settings['features']
     published = {key: np.array([epochs]) for key, epochs in PUBLISHED.items()}
-    for axes, epochs, percent in ((ours, found, 100 * target), (theirs, published, 94)):
+    panels = [('here', found, 100 * settings['target'])]
+    if any(feature in features for _, feature in published):
+        panels.append(('paper', published, 94))
+    figure = new_figure(9, 1.5 + 0.5 * len(features))
+    ratios = (2, 1)[: len(panels)]
+    [row] = figure.subplots(1, len(panels), sharey=True, width_ratios=ratios, squeeze=False)
+    places = np.arange(len(features))
+    for axes, (title, epochs, percent) in zip(row, panels):
         saved = np.array([savings(epochs, feature) for feature in features])
-        for i, start in enumerate(settings['starts']):
+        for i, start in enumerate(starts):
             values, low, high = saved[:, list(STARTS).index(start)].T
-            at = places + 0.4 * (i - 0.5)
+            at = places + 0.4 * (i - (len(starts) - 1) / 2)
             axes.barh(at, values, 0.38, color=COLOURS[i], label=f'to the {STARTS[start]}')
             axes.hlines(at, low, high, color='black', linewidth=1)
         axes.axvline(0, color='black', linewidth=0.8)
-        axes.set_xlabel(f'epochs to {percent:.0f}%\nthat a feature saves')
-    ours.set(title='here', ylim=(len(features) - 0.5, -0.5))
-    ours.set_yticks(places, features)
-    theirs.set(title='paper')
-    figure.legend(*ours.get_legend_handles_labels(), loc='outside upper center', ncols=2)
+        axes.set(title=title, xlabel=f'epochs to {percent:.0f}%\nthat a feature saves')
+    row[0].set_yticks(places, features)
+    row[0].set_ylim(len(features) - 0.5, -0.5)
+    figure.legend(*row[0].get_legend_handles_labels(), loc='outside upper center', ncols=2)
     save_both(figure, stem)
 
 
