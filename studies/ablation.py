@@ -61,12 +61,12 @@ PAPER = {
 MEDIUM = PAPER | {
     'starts': ['final'],
     'features': ['Lookahead', 'multi-crop TTA', 'alternating flip'],
-    'hyp': [*QUARTER, 'opt.batch_size=500'],
-    'images': 25_000,
-    'target': 0.84,
+    'hyp': [*QUARTER, 'opt.batch_size=250'],
+    'images': 12_500,
+    'target': 0.8,
     'first': 6,
     'rounds': 2,
-    'runs': 8,
+    'runs': 6,
 }
 SMALL = PAPER | {
     'hyp': [*NARROW, 'opt.batch_size=100'],
