@@ -1,6 +1,7 @@
 """How many epochs each feature of airbench94 saves (Jordan 2024, Figure 4 and section 5.1).
 
     python -m studies.ablation                              # half an hour on two CPU cores
+    python -m studies.ablation --scale medium               # the same time, for three features
     torchrun --nproc_per_node=8 -m studies.ablation --scale paper --out logs/ablation --data cifar10
     python -m studies.ablation --show --out logs/ablation   # the table and the picture again
 
@@ -13,8 +14,9 @@ networks. The baseline has whitening and no other feature, so whitening itself i
 the final recipe.
 
 --scale paper has the paper's target, 94%, and 25 networks at each number of epochs: about 14 * 6 *
-25 trainings of at least 0.4 PFLOP, or two A100-hours. --scale small has another target, for a
-narrow network and a tenth of the images.
+25 trainings of at least 0.4 PFLOP, or two A100-hours. The others have narrow networks and targets
+of their own: --scale small with a tenth of the images, and --scale medium, which only removes
+features of small effect, with a quarter of images and widths.
 """
 
 import sys

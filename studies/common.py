@@ -414,7 +414,11 @@ def run_study(study, argv=None):
             if config.get('study') != study.name:
                 found = f'holds records of the study {config.get("study")}'
                 raise UserError(f'{folder}: {found}; choose another --out')
-            study.show(config, records, folder)
+            try:
+                study.show(config, records, folder)
+            except KeyError as error:
+                way_out = 'another version of the study made them; train again with another --out'
+                raise UserError(f'{folder}: the records lack {error}; {way_out}') from error
         return 0
 
     airbench94.keep_freed_memory()

@@ -1,6 +1,7 @@
 """Into which layers of a student a teacher's knowledge goes (Gotmare et al. 2019, section 5).
 
     python -m studies.distill                               # ten minutes on two CPU cores
+    python -m studies.distill --scale medium                # an hour, where a teacher helps
     torchrun --nproc_per_node=8 -m studies.distill --scale paper --data cifar10
     python -m studies.distill --show --out logs/mine        # the table and the pictures again
 
@@ -14,8 +15,10 @@ hardly changes the shallow ones.
 
 --scale paper trains 5 students of each kind, as in the paper. It does not say for how long: here
 100 epochs, and 200 for the teacher, which has dropout. That is 160 PFLOP with the teacher's
-outputs, or 25 A100-minutes at airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale small trains
-narrow networks without dropout on 2500 images.
+outputs, or 25 A100-minutes at airbench94's rate of 0.36 PFLOP in 3.29 seconds. The others train
+teachers without dropout: --scale medium a narrow one, whose students have their full widths and see
+25,000 images as they are, so that they fit the labels; --scale small narrow networks on 2500
+images.
 """
 
 import sys

@@ -1,6 +1,7 @@
 """SWA in sequence against SWAP in parallel (Gupta et al. 2020, Table 4 and Figure 6).
 
     python -m studies.swa                                   # in 40 minutes, on two CPU cores
+    python -m studies.swa --scale full --dtype bfloat16     # swap94.py's networks, in two hours
     torchrun --nproc_per_node=8 -m studies.swa --net resnet9 --scale paper --data cifar100
     python -m studies.swa --show --out logs/mine            # the table and the picture again
 
@@ -16,9 +17,8 @@ trains a worker for each of these networks, from where phase 1 ended. So a cycle
 
 torch.optim.swa_utils averages. Operations are those of the slowest of 8 ranks, as in swap_tables.
 --scale paper trains 10 networks for each row: with ResNet-9, 1600 PFLOP, or four A100-hours at
-airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale full compares SWAP with its own cycles in
-sequence, on the same networks and all images. --scale small trains narrow networks on a tenth of
-the images.
+airbench94's rate of 0.36 PFLOP in 3.29 seconds. --scale full compares SWAP with its cycles in
+sequence, on all images. --scale small trains narrow networks on a tenth of them.
 """
 
 import sys

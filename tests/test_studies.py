@@ -569,6 +569,18 @@ def test_a_process_that_waits_says_for_whom(tmp_path, capsys, monkeypatch):
     assert 'waiting for other processes' in out and out.endswith('0.5\n')
 
 
+def test_records_of_an_older_version_end_in_one_line(tmp_path, capsys):
+    def show(config, records, folder):
+        print(records[0]['tta_val_acc'])
+
+    study = common.Study('tiny', '', {'net': {'smoke': {}}}, None, None, show)
+    record = {'cell': {'part': 'only'}, 'seed': 0, 'val_acc': 0.5}
+    write_json(tmp_path / 'study.json', {'study': 'tiny', 'records': [record]})
+    assert common.run_study(study, ['--show', '--out', str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}: the records lack 'tta_val_acc'; " in error and error.count('\n') == 1
+
+
 def test_a_study_that_nobody_watches_is_finished(tmp_path):
     """Its output is read in part, stderr is closed, and the environment is odd."""
     odd = {'MPLBACKEND': 'module://nosuch', 'PYTHONIOENCODING': 'ascii', 'PYTHONPATH': str(ROOT)}
