@@ -20,6 +20,7 @@ features of small effect, with a quarter of images and widths.
 """
 
 import sys
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -173,7 +174,7 @@ def next_epochs(tried, target, first):
 
 
 def plan(settings, records):
-    """The networks of all rounds that are done, and of each variant's next one."""
+    """The networks of all rounds that are done, and of each variant's next one, seed by seed."""
     jobs = []
     for start, feature in variants(settings):
         tried = {}
@@ -185,7 +186,7 @@ def plan(settings, records):
             if epochs in tried or len(made) < settings['runs']:
                 break
             tried[epochs] = np.mean(made)
-    return jobs
+    return sorted(jobs, key=itemgetter(1))
 
 
 def epochs_to(target, epochs, errors):
