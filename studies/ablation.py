@@ -7,16 +7,16 @@
 
 How many epochs does it take to reach the target? We search for that number for the final recipe
 without a feature, and for the whitened baseline with it: we double the epochs while the mean of a
-few networks is below the target, halve them while it is above, and then try the geometric mean of
-the two numbers that enclose it. The result comes from a straight line, in logarithms, through the
-errors at all numbers of epochs that we tried; its interval comes from a bootstrap over the
-networks. The baseline has whitening and no other feature, so whitening itself is only removed from
-the final recipe.
+few networks is below the target, halve them while it is above, and then, if there are rounds left,
+try the geometric mean of the two numbers that enclose it. The result comes from a straight line, in
+logarithms, through the errors at all numbers of epochs that we tried; its interval comes from a
+bootstrap over the networks. The baseline has whitening and no other feature, so whitening itself is
+only removed from the final recipe.
 
 --scale paper has the paper's target, 94%, and 25 networks at each number of epochs: about 14 * 6 *
 25 trainings of at least 0.4 PFLOP, or two A100-hours. The others have narrow networks and targets
-of their own: --scale small with a tenth of the images, and --scale medium, which only removes
-features of small effect, with a quarter of images and widths.
+of their own: --scale small with a tenth of the images; and --scale medium with a quarter of images
+and widths, which removes three features from the final recipe and tries two numbers of epochs.
 """
 
 import sys

@@ -417,8 +417,10 @@ def run_study(study, argv=None):
             try:
                 study.show(config, records, folder)
             except KeyError as error:
-                way_out = 'another version of the study made them; train again with another --out'
-                raise UserError(f'{folder}: the records lack {error}; {way_out}') from error
+                if not args.show:  # we have just made the records, so that is not what is wrong
+                    raise
+                way_out = 'if another version of the study made it, train again with another --out'
+                raise UserError(f'{folder}: something lacks {error}; {way_out}') from error
         return 0
 
     airbench94.keep_freed_memory()

@@ -150,7 +150,10 @@ def gains_of(records):
 
 
 def print_accuracies(records, settings):
-    print(f'{describe(settings)}, n={len(records)}; accuracy in %, with its 95% interval')
+    print(f'teacher: {describe(settings)}')
+    kind = 'augmented' if settings['student_augmented'] else 'plain'
+    print(f'students: {settings["student_share"]:g} of their widths, on {kind} images')
+    print(f'n={len(records)}; accuracy in %, with its 95% interval')
     accuracies, rows = {}, []
     for name, title in STUDENTS.items():
         accuracies[name] = [100 * record[name]['val_acc'] for record in records]

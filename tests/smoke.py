@@ -93,7 +93,7 @@ SETTINGS = {
         'images': 100,
         'compared': 200,
         'share': 0.0625,
-        'student_share': 0.0625,
+        'student_share': 0.125,
         'batch_size': 20,
         'lr': 0.02,
         'teacher_epochs': 1,

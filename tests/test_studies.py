@@ -311,7 +311,8 @@ def test_what_a_feature_saves_has_an_interval():
 def test_medium_scale_only_removes_the_features_that_small_scale_did_not_show(tmp_path, capsys):
     settings = ablation.MEDIUM | {'runs': 2}
     needed = {'none': 8, 'Lookahead': 10, 'multi-crop TTA': 9, 'alternating flip': 12}
-    assert {cell['feature'] for cell, _ in ablation.plan(settings, [])} == set(needed)
+    jobs = ablation.plan(settings, [])
+    assert {(cell['start'], cell['feature']) for cell, _ in jobs} == {('final', f) for f in needed}
     records = []
     for feature, epochs_needed in needed.items():
         for epochs in (6, 12):
@@ -578,7 +579,7 @@ def test_records_of_an_older_version_end_in_one_line(tmp_path, capsys):
     write_json(tmp_path / 'study.json', {'study': 'tiny', 'records': [record]})
     assert common.run_study(study, ['--show', '--out', str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert f"{tmp_path}: the records lack 'tta_val_acc'; " in error and error.count('\n') == 1
+    assert f"{tmp_path}: something lacks 'tta_val_acc'; " in error and error.count('\n') == 1
 
 
 def test_a_study_that_nobody_watches_is_finished(tmp_path):
