@@ -217,9 +217,9 @@ def epochs_of(errors, target):
 def found_epochs(records, settings, resamples=200):
     """{(start, feature): an array with the epochs to the target, and with each bootstrap's}.
 
-    It has those for which at least two numbers of epochs were tried.
+    It has those for which at least two numbers of epochs were tried. All variants have the same
+    bootstraps: where they tried the same epochs, their networks of the same seeds.
     """
-    rng = np.random.default_rng(0)
     found = {}
     for start, feature in variants(settings):
         errors = {}
@@ -227,6 +227,8 @@ def found_epochs(records, settings, resamples=200):
             errors.setdefault(record['cell']['epochs'], []).append(1 - record['tta_val_acc'])
         if len(errors) < 2:
             continue
+        errors = dict(sorted(errors.items()))
+        rng = np.random.default_rng(0)
         samples = [errors, *(resample(errors, rng) for _ in range(resamples))]
         found[start, feature] = np.array(
             [epochs_of(sample, settings['target']) for sample in samples]
@@ -252,6 +254,10 @@ def savings(found, feature):
 #### What to show ##################################################################################
 
 
+def epochs_text(interval):
+    return '{:.1f} ({:.1f} to {:.1f})'.format(*interval)
+
+
 def print_epochs(found, settings):
     starts, target = settings['starts'], settings['target']
     print(f'epochs to {100 * target:.0f}%, with the 95% interval; of the paper, to 94%')
@@ -259,14 +265,17 @@ def print_epochs(found, settings):
     for feature in ['none', *settings['features']]:
         row = [feature]
         for start in starts:
-            text = '-'
+            epochs, saved = '-', '-'
             if (start, feature) in found:
-                epochs, low, high = value_and_interval(found[start, feature])
-                text = f'{epochs:.1f} ({low:.1f} to {high:.1f})'
-            row += [text, str(PUBLISHED.get((start, feature), '-'))]
+                epochs = epochs_text(value_and_interval(found[start, feature]))
+                if feature != 'none':
+                    saved = epochs_text(savings(found, feature)[list(STARTS).index(start)])
+            row += [epochs, saved, str(PUBLISHED.get((start, feature), '-'))]
         rows.append(row)
-    titles = [title for start in starts for title in (f'{STARTS[start]} {CHANGES[start]}', 'paper')]
-    print_table(['feature', *titles], rows)
+    titles = ['feature']
+    for start in starts:
+        titles += [f'{STARTS[start]} {CHANGES[start]}', 'saves', 'paper']
+    print_table(titles, rows)
 
 
 def draw_savings(found, settings, stem):

@@ -325,6 +325,21 @@ def test_medium_scale_only_removes_the_features_that_small_scale_did_not_show(tm
     assert (tmp_path / 'ablation.png').exists()
 
 
+def test_a_saving_is_that_of_pairs_with_the_same_seeds():
+    rng = np.random.default_rng(5)
+    records = []
+    for epochs in (16, 8):
+        errors = 0.4 * (12 / epochs) ** 0.5 + 0.03 * rng.standard_normal(20)
+        for seed, error in enumerate(errors):
+            for feature, factor in {'none': 1, 'multi-crop TTA': 1.05}.items():
+                cell = {'start': 'final', 'feature': feature, 'epochs': epochs}
+                records.append({'cell': cell, 'seed': seed, 'tta_val_acc': 1 - factor * error})
+    found = ablation.found_epochs(records, ablation.SMALL)
+    samples = found['final', 'multi-crop TTA'] / found['final', 'none']
+    (saved, low, high), _ = ablation.savings(found, 'multi-crop TTA')
+    assert 0 < low < saved < high and np.std(samples) < 0.1 * np.std(found['final', 'none'])
+
+
 def test_the_plan_waits_for_a_rounds_networks():
     jobs = ablation.plan(smoke.settings_of('ablation'), [])
     assert len(jobs) == len(ablation.variants(ablation.PAPER)) == 13
