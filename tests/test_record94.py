@@ -17,7 +17,7 @@ from lab.options import override
 from records import record94
 
 FLOAT64 = {'device': torch.device('cpu'), 'dtype': torch.float64}
-CLOSE = {'rtol': 1e-7, 'atol': 1e-7}  # CPUs with AMX round differently: by 3e-8 after 20 steps
+CLOSE = {'rtol': 1e-9, 'atol': 1e-9}
 
 
 @pytest.fixture
