@@ -22,9 +22,10 @@ from records import record94  # noqa: E402
 
 FILE = ROOT / 'tests' / 'golden' / 'records' / 'record94.json'
 FLOAT64 = {'device': 'cpu', 'dtype': torch.float64}
+# At the record's own rate, training amplifies the rounding errors in which CPUs differ.
 SETTINGS = [
     'net.widths.block1=8', 'net.widths.block2=16', 'net.widths.block3=16', 'opt.batch_size=16',
-    'opt.train_epochs=6.5',
+    'opt.train_epochs=6.5', 'opt.lr=0.02',
 ]  # fmt: skip
 
 
