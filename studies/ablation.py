@@ -244,11 +244,11 @@ def value_and_interval(samples):
 
 
 def savings(found, feature):
-    """The epochs that a feature saves (the final recipe, the baseline), with their intervals."""
+    """The epochs that a feature saves each of STARTS, with their intervals."""
     unknown = np.array([np.nan])
     final = found.get(('final', feature), unknown) - found.get(('final', 'none'), unknown)
     baseline = found.get(('baseline', 'none'), unknown) - found.get(('baseline', feature), unknown)
-    return value_and_interval(final), value_and_interval(baseline)
+    return {'final': value_and_interval(final), 'baseline': value_and_interval(baseline)}
 
 
 #### What to show ##################################################################################
@@ -269,7 +269,7 @@ def print_epochs(found, settings):
             if (start, feature) in found:
                 epochs = epochs_text(value_and_interval(found[start, feature]))
                 if feature != 'none':
-                    saved = epochs_text(savings(found, feature)[list(STARTS).index(start)])
+                    saved = epochs_text(savings(found, feature)[start])
             row += [epochs, saved, str(PUBLISHED.get((start, feature), '-'))]
         rows.append(row)
     titles = ['feature']
@@ -290,9 +290,9 @@ def draw_savings(found, settings, stem):
     [row] = figure.subplots(1, len(panels), sharey=True, width_ratios=ratios, squeeze=False)
     places = np.arange(len(features))
     for axes, (title, epochs, percent) in zip(row, panels):
-        saved = np.array([savings(epochs, feature) for feature in features])
+        saved = [savings(epochs, feature) for feature in features]
         for i, start in enumerate(starts):
-            values, low, high = saved[:, list(STARTS).index(start)].T
+            values, low, high = np.array([of_feature[start] for of_feature in saved]).T
             at = places + 0.4 * (i - (len(starts) - 1) / 2)
             axes.barh(at, values, 0.38, color=COLOURS[i], label=f'to the {STARTS[start]}')
             axes.hlines(at, low, high, color='black', linewidth=1)

@@ -303,7 +303,7 @@ def test_what_a_feature_saves_has_an_interval():
                 cell = {'start': 'final', 'feature': feature, 'epochs': epochs}
                 records.append({'cell': cell, 'seed': seed, 'tta_val_acc': 1 - error})
     found = ablation.found_epochs(records, ablation.SMALL)
-    (saved, low, high), baseline = ablation.savings(found, 'Lookahead')
+    (saved, low, high), baseline = ablation.savings(found, 'Lookahead').values()
     assert saved == pytest.approx(4, abs=0.2) and low < saved < high and high - low < 1
     assert np.isnan(baseline).all()
 
@@ -336,7 +336,7 @@ def test_a_saving_is_that_of_pairs_with_the_same_seeds():
                 records.append({'cell': cell, 'seed': seed, 'tta_val_acc': 1 - factor * error})
     found = ablation.found_epochs(records, ablation.SMALL)
     samples = found['final', 'multi-crop TTA'] / found['final', 'none']
-    (saved, low, high), _ = ablation.savings(found, 'multi-crop TTA')
+    (saved, low, high), _ = ablation.savings(found, 'multi-crop TTA').values()
     assert 0 < low < saved < high and np.std(samples) < 0.1 * np.std(found['final', 'none'])
 
 
