@@ -63,6 +63,7 @@ MEDIUM = PAPER | {
     'student_augmented': False,
     'dropout': 0.0,
     'lr': 0.02,
+    'student_lr': 0.003,  # at 0.01, students on the teacher may collapse
     'teacher_epochs': 20,
     'epochs': 20,
     'runs': 5,
