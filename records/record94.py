@@ -92,6 +92,8 @@ hyp = {
             'block2': 256,
             'block3': 256,
         },
+        'depth': 2,                 # convolutions in a block
+        'residual': False,          # whether a block's first result is added to its last
         'batchnorm_momentum': 0.6,  # running <- momentum * running + (1 - momentum) * batch
         'batchnorm_eps': 1e-12,     # added to the variance
         'whiten_kernel': 2,         # height and width of the whitened patches, in pixels
@@ -534,14 +536,26 @@ class ConvLayer(nn.Module):
         return self.norm(self.pool(self.conv(x)))
 
 
-def conv_group(channels_in, channels_out, **batchnorm):
-    """Two conv layers; the first one max-pools."""
-    return nn.Sequential(
-        ConvLayer(channels_in, channels_out, pool=True, **batchnorm),
-        nn.SiLU(),
-        ConvLayer(channels_out, channels_out, pool=False, **batchnorm),
-        nn.SiLU(),
-    )
+class Residual(nn.Sequential):
+    """Layers in sequence, whose result is added to their input."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def conv_group(channels_in, channels_out, *, depth, residual, **batchnorm):
+    """`depth` conv layers, at least two; the first one max-pools.
+
+    With `residual`, the first layer's activations are added to the last layer's outputs before the
+    last activation (section 4).
+    """
+    first = ConvLayer(channels_in, channels_out, pool=True, **batchnorm)
+    others = [ConvLayer(channels_out, channels_out, pool=False, **batchnorm)]
+    for _ in range(depth - 2):
+        others += [nn.SiLU(), ConvLayer(channels_out, channels_out, pool=False, **batchnorm)]
+    if residual:
+        others = [Residual(*others)]
+    return nn.Sequential(first, nn.SiLU(), *others, nn.SiLU())
 
 
 class Net(nn.Sequential):
@@ -576,7 +590,8 @@ def make_net(hyp=hyp, num_classes=10, *, seed=0, device, dtype):
     widths = hyp['net']['widths']
     kernel = hyp['net']['whiten_kernel']
     whiten_width = 2 * 3 * kernel**2  # the patches' eigenvectors and their negatives
-    settings = {key: hyp['net'][key] for key in ('batchnorm_momentum', 'batchnorm_eps')}
+    shape = ('depth', 'residual', 'batchnorm_momentum', 'batchnorm_eps')
+    settings = {key: hyp['net'][key] for key in shape}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layers = [

@@ -1,14 +1,16 @@
-"""The time of a run of record94 as a share of airbench94's, from steps of both in turns.
+"""The time of a run of a record as a share of its airbench's, from steps of both in turns.
 
-    python tests/compare_records.py
+    python tests/compare_records.py              # record94 and airbench94
+    python tests/compare_records.py record95     # and airbench95
 
 It takes each recipe's own loader, network, step and batch size, in fp32 on the CPU, with random
-images. The kinds of work are: steps of airbench94 with and without the whitening bias; steps of the
+images. The kinds of work are: steps of airbench with and without the whitening bias; steps of the
 record on small and on full images; the same two with only torch's convolutions; and batches of
 tests. One of each in turns, ROUNDS times. It then multiplies the medians by how often a run does
-each kind. A quarter of the test images count as uncertain. records/README.md has the figures.
+each kind. records/README.md has the figures.
 """
 
+import argparse
 import functools
 import math
 import statistics
@@ -22,10 +24,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import airbench94
-from records import record94
+import airbench95
+from records import record94, record95
 
 ROUNDS = 7
-TESTS, UNCERTAIN = 10_000, 2_500  # images
+TESTS = 10_000  # images
+# By the record's name: the airbench, the record, and how many test images were uncertain.
+PAIRS = {'record94': (airbench94, record94, 2_500), 'record95': (airbench95, record95, 1_500)}
 ON_CPU = {'device': 'cpu', 'dtype': torch.float32}
 
 
@@ -69,28 +74,31 @@ def tests_of(recipe, torchs=False):
 
 
 def main():
-    airbench94.keep_freed_memory()
+    parser = argparse.ArgumentParser(description="A record's time as a share of its airbench's.")
+    parser.add_argument('record', nargs='?', choices=PAIRS, default='record94')
+    airbench, record, uncertain = PAIRS[parser.parse_args().record]
+    airbench.keep_freed_memory()
 
-    opt = airbench94.hyp['opt']
+    opt = airbench.hyp['opt']
     epoch = 50_000 // opt['batch_size']  # steps
     steps = math.ceil(epoch * opt['train_epochs'])
     with_bias = opt['whiten_bias_epochs'] * epoch
-    growth = record94.hyp['growth']
-    record_steps = sum(count for _, count in record94.plan_epochs(50_000, record94.hyp))
-    sizes = [record94.image_size(step, record_steps, growth) for step in range(record_steps)]
+    growth = record.hyp['growth']
+    record_steps = sum(count for _, count in record.plan_epochs(50_000, record.hyp))
+    sizes = [record.image_size(step, record_steps, growth) for step in range(record_steps)]
     small = sizes.count(growth['size'])
-    views = TESTS + 6 * UNCERTAIN
+    views = TESTS + 6 * uncertain
     # For each kind: its recipe, its name, what to call, and how often a run does it.
     kinds = [
-        ('airbench94', 'with the whitening bias', step_of(airbench94, True, 32), with_bias),
-        ('airbench94', 'without', step_of(airbench94, False, 32), steps - with_bias),
-        ('airbench94', '2000 tests', tests_of(airbench94), 6 * TESTS / 2000),
+        ('airbench', 'with the whitening bias', step_of(airbench, True, 32), with_bias),
+        ('airbench', 'without', step_of(airbench, False, 32), steps - with_bias),
+        ('airbench', '2000 tests', tests_of(airbench), 6 * TESTS / 2000),
     ]
     for name, torchs in (('record', False), ("record, torch's convolutions", True)):
         kinds += [
-            (name, 'small images', step_of(record94, True, growth['size'], torchs), small),
-            (name, '32 pixels', step_of(record94, False, 32, torchs), record_steps - small),
-            (name, '2000 tests', tests_of(record94, torchs), views / 2000),
+            (name, 'small images', step_of(record, True, growth['size'], torchs), small),
+            (name, '32 pixels', step_of(record, False, 32, torchs), record_steps - small),
+            (name, '2000 tests', tests_of(record, torchs), views / 2000),
         ]
     seconds = [[] for _ in kinds]
     for turn in range(1 + ROUNDS):
@@ -106,7 +114,7 @@ def main():
         totals[recipe] += times * median
         print(f'{recipe}, {kind}: {times:.0f} times {median:.3f} s')
     for recipe, total in totals.items():
-        print(f'{recipe}: {total:.0f} s, {total / totals["airbench94"]:.3f} of airbench94')
+        print(f'{recipe}: {total:.0f} s, {total / totals["airbench"]:.3f} of airbench')
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ORIGINAL = 'airbench94.py'
-RECORD = 'records/record94.py'  # the original of what only it and swap94.py share
+RECORD = 'records/record94.py'  # the original of what record95.py and swap94.py share with it
 AIRBENCH = [
     'Header', 'Imports', 'Hyperparameters', 'Data', 'Augmentation and loader', 'Network',
     'Whitening', 'Optimizer', 'Lookahead', 'Loss and evaluation', 'Training', 'Fast path',
@@ -51,6 +51,7 @@ COPIES = {  # the record comes before the recipe that copies from it
     'airbench95.py': origins(AIRBENCH, OWN),
     'airbench96.py': origins(AIRBENCH, OWN),
     RECORD: origins(IN_RECORD, OWN_OF_RECORD),
+    'records/record95.py': origins(IN_RECORD, OWN, OWN_OF_RECORD),
     'swap94.py': origins(
         IN_SWAP, OWN_OF_SWAP, ['Optimizer', 'Moving average', 'Growth and selection']
     ),

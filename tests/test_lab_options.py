@@ -15,7 +15,8 @@ from lab.recipes import load_recipe
 
 CPU = torch.device('cpu')
 RECIPES = [
-    'airbench94.py', 'airbench95.py', 'airbench96.py', 'swap94.py', 'records/record94.py',
+    'airbench94.py', 'airbench95.py', 'airbench96.py', 'swap94.py',
+    'records/record94.py', 'records/record95.py',
 ]  # fmt: skip
 
 #### Hyperparameters ###############################################################################

@@ -222,7 +222,7 @@ def test_a_network_that_is_not_finite_is_a_failed_run(tmp_path, folder, monkeypa
 #### Any recipe, anywhere ##########################################################################
 
 
-@pytest.mark.parametrize('name', ['airbench95', 'airbench96', 'record94'])
+@pytest.mark.parametrize('name', ['airbench95', 'airbench96', 'record94', 'record95'])
 def test_every_recipe_runs_in_another_folder(name, tmp_path, folder, monkeypatch):
     """As a copy in a folder of its own, with the default folder's data."""
     monkeypatch.chdir(tmp_path)

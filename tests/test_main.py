@@ -266,7 +266,9 @@ def test_where_no_log_can_be_written_nothing_is_trained(recipe, tmp_path):
     assert done.stderr.endswith('; go to a folder where you can write\n')
 
 
-@pytest.mark.parametrize('name', ['airbench94', 'airbench95', 'airbench96', 'records.record94'])
+@pytest.mark.parametrize(
+    'name', ['airbench94', 'airbench95', 'airbench96', 'records.record94', 'records.record95']
+)
 def test_digits_hyp_is_a_copy_for_few_images(name):
     recipe = importlib.import_module(name)
     hyp = recipe.digits_hyp()

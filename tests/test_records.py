@@ -1,4 +1,4 @@
-"""records/record94.py: Muon, Winograd, growing images, the hardest images, and whole runs."""
+"""The records: Muon, Winograd, growing images, the hardest images, shortcuts, and whole runs."""
 
 import functools
 import json
@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from conftest import NARROW, TEST_SET, TRAIN_SET
 from PIL import Image
+from record_trajectories import FOLDER, RECORDS, trajectory
 from torch._dynamo.utils import counters
-from trajectory94 import FILE, trajectory
 
 from kernels.bench import count_launches
 from lab.options import override
-from records import record94
+from records import record94, record95
 
 FLOAT64 = {'device': torch.device('cpu'), 'dtype': torch.float64}
 CLOSE = {'rtol': 1e-9, 'atol': 1e-9}
@@ -272,26 +272,27 @@ def test_images_that_do_not_fill_a_batch_are_an_error(narrow):
         record94.train(*make_loaders(narrow), narrow)
 
 
-def test_fp16_training_step_leaves_nothing_on_the_cpu():
-    hyp = override(record94.hyp, ['opt.batch_size=32'])
+@pytest.mark.parametrize('recipe', RECORDS.values(), ids=RECORDS)
+def test_fp16_training_step_leaves_nothing_on_the_cpu(recipe):
+    hyp = override(recipe.hyp, ['opt.batch_size=32'])
     options = {'device': 'meta', 'dtype': torch.float16}
     train_loader, test_loader = make_loaders(hyp, **options)
     draws = train_loader.next_draws()
-    draws['order'] = record94.hardest(draws['order'], torch.zeros(200, device='meta'), 100)
+    draws['order'] = recipe.hardest(draws['order'], torch.zeros(200, device='meta'), 100)
     inputs, labels = next(train_loader.batches(draws))
-    net = record94.make_net(hyp, **options)
-    optimizer, scheduler = record94.make_optimizer(net, hyp, total_steps=10)
+    net = recipe.make_net(hyp, **options)
+    optimizer, scheduler = recipe.make_optimizer(net, hyp, total_steps=10)
     for size in (16, 32):
-        small = record94.resize(inputs, size)
+        small = recipe.resize(inputs, size)
         assert small.dtype == torch.float16 and small.shape == (32, 3, size, size)
-        loss, outputs, losses = record94.train_step(net, optimizer, inputs, labels, size, 0.2)
+        loss, outputs, losses = recipe.train_step(net, optimizer, inputs, labels, size, 0.2)
         scheduler.step()
     assert outputs.shape == (32, 10) and outputs.dtype == torch.float16
     assert losses.shape == (32,) and losses.device.type == 'meta'
     assert loss.dtype == torch.float32 and loss.device.type == 'meta'
     weights = [value for value in net.state_dict().values() if value.is_floating_point()]
-    record94.update_averages([weight.clone() for weight in weights], weights, 0.8)
-    assert record94.infer(net, test_loader, tta_level=2).shape == (60, 10)
+    recipe.update_averages([weight.clone() for weight in weights], weights, 0.8)
+    assert recipe.infer(net, test_loader, tta_level=2).shape == (60, 10)
 
 
 def test_a_step_launches_what_the_readme_says():
@@ -345,11 +346,25 @@ def test_a_compiled_run_is_the_eager_one_with_a_graph_per_size(narrow, monkeypat
     assert record['tta_val_acc'] == eager_record['tta_val_acc']
 
 
-def test_the_recipe_is_the_one_of_the_golden_trajectory():
-    golden = json.loads(FILE.read_text())
+def test_a_shortcut_skips_all_but_the_first_convolution():
+    net = record95.make_net(override(record95.hyp, NARROW), **FLOAT64)
+    whiten, gelu, block, *_ = net
+    first, activ, residual, _ = block
+    maps = gelu(whiten(gaussian(4, 3, 32, 32)))
+    skipped = activ(first(maps))
+    convs = [layer.conv for layer in residual if not isinstance(layer, torch.nn.SiLU)]
+    assert len(convs) == 2 and not torch.allclose(block(maps), F.silu(skipped))
+    for conv in convs:
+        conv.weight.data.zero_()
+    torch.testing.assert_close(block(maps), F.silu(skipped), **CLOSE)
+
+
+@pytest.mark.parametrize('name', RECORDS)
+def test_the_recipe_is_the_one_of_the_golden_trajectory(name):
+    golden = json.loads((FOLDER / f'{name}.json').read_text())
     del golden['torch']
     assert len(golden['losses']) > 20
-    now = trajectory()
+    now = trajectory(RECORDS[name])
     assert now.keys() == golden.keys()
     for name, values in golden.items():
         if name != 'logits':

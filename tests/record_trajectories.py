@@ -1,6 +1,6 @@
-"""A run of the record in float64, with a narrow network and random images: its losses and outputs.
+"""A run of each record in float64, with a narrow network and random images: losses and outputs.
 
-    python tests/trajectory94.py      # writes tests/golden/records/record94.json again
+    python tests/record_trajectories.py      # writes tests/golden/records/ again
 
 No published script is behind these numbers. They say that the recipe is still the one that made the
 record. If your change moves them, it makes another recipe.
@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from lab.options import override  # noqa: E402
-from records import record94  # noqa: E402
+from records import record94, record95  # noqa: E402
 
-FILE = ROOT / 'tests' / 'golden' / 'records' / 'record94.json'
+FOLDER = ROOT / 'tests' / 'golden' / 'records'
+RECORDS = {'record94': record94, 'record95': record95}
 FLOAT64 = {'device': 'cpu', 'dtype': torch.float64}
 # At the record's own rate, training amplifies the rounding errors in which CPUs differ.
 SETTINGS = [
@@ -38,38 +39,39 @@ def tinted_images(n, seed):
     return images, labels
 
 
-def trajectory():
+def trajectory(recipe):
     """{'losses': of each step, 'logits': by level, 'weight_norms', 'buffer_norms'}."""
-    hyp = override(record94.hyp, SETTINGS)
+    hyp = override(recipe.hyp, SETTINGS)
     sets = tinted_images(96, seed=96), tinted_images(20, seed=20)
-    train_loader, test_loader = record94.make_loaders(*sets, hyp, **FLOAT64)
+    train_loader, test_loader = recipe.make_loaders(*sets, hyp, **FLOAT64)
     losses = []
 
     def recording_compute_loss(*args):
-        loss, outputs = record94.compute_loss(*args)
+        loss, outputs = recipe.compute_loss(*args)
         losses.append(loss.item())
         return loss, outputs
 
-    net, _ = record94.train(
+    net, _ = recipe.train(
         train_loader, test_loader, hyp, seed=3, compute_loss=recording_compute_loss
     )
     buffers = [b for b in net.buffers() if b.is_floating_point()]
     return {
         'losses': losses,
-        'logits': {str(i): record94.infer(net, test_loader, i).tolist() for i in range(3)},
+        'logits': {str(i): recipe.infer(net, test_loader, i).tolist() for i in range(3)},
         'weight_norms': [p.detach().norm().item() for p in net.parameters()],
         'buffer_norms': [b.norm().item() for b in buffers],
     }
 
 
 def main():
-    argparse.ArgumentParser(
-        description='Write the golden trajectory of records/record94.py.'
-    ).parse_args()
-    temporary = FILE.with_suffix('.tmp')
-    temporary.write_text(json.dumps({'torch': torch.__version__} | trajectory(), indent=1) + '\n')
-    os.replace(temporary, FILE)
-    print(f'wrote {FILE}')
+    argparse.ArgumentParser(description="Write the records' golden trajectories.").parse_args()
+    for name, recipe in RECORDS.items():
+        file = FOLDER / f'{name}.json'
+        temporary = file.with_suffix('.tmp')
+        golden = {'torch': torch.__version__} | trajectory(recipe)
+        temporary.write_text(json.dumps(golden, indent=1) + '\n')
+        os.replace(temporary, file)
+        print(f'wrote {file}')
 
 
 if __name__ == '__main__':
