@@ -10,9 +10,9 @@
     python records/record95.py --data digits      # no network, no GPU: a minute on a laptop
 
 This is record94 with a third convolution and a shortcut in each block, as in airbench96, for more
-epochs, in which more images stay and all are augmented more. It is not a record yet: two runs, in
-bfloat16 on a CPU, gave 95.07 and 95.01%, with 0.55 PFLOP. A record needs five. records/README.md
-has the details, and what was tried.
+epochs, in which more images stay and all are augmented more. It is not a record yet: two runs of
+these settings, in bfloat16 on a CPU, gave 95.07 and 95.01%, with 0.55 PFLOP. A record needs five.
+records/README.md has the details, and what was tried.
 
 "Section" in the comments means the paper behind airbench95: https://arxiv.org/abs/2404.00498.
 """
@@ -114,7 +114,7 @@ def digits_hyp():
     return settings
 
 
-CPU_NOTE = 'Two cores need an hour. Later epochs, with large images, are the slow ones.'
+CPU_NOTE = 'Two cores may need an hour. Later epochs, with large images, are the slow ones.'
 
 #### Data ##########################################################################################
 

@@ -23,7 +23,7 @@ from records import record94, record95  # noqa: E402
 FOLDER = ROOT / 'tests' / 'golden' / 'records'
 RECORDS = {'record94': record94, 'record95': record95}
 FLOAT64 = {'device': 'cpu', 'dtype': torch.float64}
-# At the record's own rate, training amplifies the rounding errors in which CPUs differ.
+# At the records' own rate, training amplifies the rounding errors in which CPUs differ.
 SETTINGS = [
     'net.widths.block1=8', 'net.widths.block2=16', 'net.widths.block3=16', 'opt.batch_size=16',
     'opt.train_epochs=6.5', 'opt.lr=0.02',
