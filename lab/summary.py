@@ -343,13 +343,20 @@ def new_figure(width, height):
 
 
 def save_figure(figure, file):
-    """Write a figure in the format that the file's name says. Raises UserError."""
+    """Write a figure in the format that the file's name says. Raises UserError.
+
+    The same figure gives the same SVG, so that a kept picture changes only if its data does.
+    """
+    from matplotlib import rc_context
+
     kind = file.suffix.lower().removeprefix('.')
     if kind not in figure.canvas.get_supported_filetypes():
         raise UserError(f'--plot {file}: matplotlib cannot write that; use .png or .svg')
+    undated = {'metadata': {'Date': None}} if kind == 'svg' else {}
     temporary = file.with_name(f'{file.name}.{os.getpid()}.tmp')
     try:
-        figure.savefig(temporary, format=kind, dpi=150)
+        with rc_context({'svg.hashsalt': 'lab'}):
+            figure.savefig(temporary, format=kind, dpi=150, **undated)
         os.replace(temporary, file)
     except (OSError, RuntimeError) as error:  # .pgf needs LaTeX, and raises RuntimeError
         message = ' '.join(str(error).split())

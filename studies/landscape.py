@@ -99,7 +99,8 @@ class Networks:
         try:
             self.net.load_state_dict(self.place.load_weights(name, self.seed))
         except RuntimeError as error:
-            raise UserError('the networks are of different kinds; choose others') from error
+            line = f'network {name} and the first are of different kinds; choose others'
+            raise UserError(line) from error
         return swap94.flatten(self.net.parameters())
 
     def measure(self, vector):

@@ -274,6 +274,13 @@ def test_a_plot_is_a_picture(write, show, tmp_path, suffix, magic):
     assert {path.name for path in tmp_path.iterdir()} == {'many.json', 'one.json', plot.name}
 
 
+def test_the_same_plot_is_the_same_svg(write, show, tmp_path):
+    path = write(make_log([0.93, 0.95]))
+    for name in ('first.svg', 'second.svg'):
+        show(path, '--plot', tmp_path / name)
+    assert (tmp_path / 'first.svg').read_bytes() == (tmp_path / 'second.svg').read_bytes()
+
+
 def test_only_a_plot_needs_matplotlib(write, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     path = write(make_log([0.93, 0.95]))

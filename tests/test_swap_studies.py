@@ -403,7 +403,7 @@ def test_a_mistake_with_networks_is_one_line(saved, tmp_path, capsys):
     first, second, _, wider = saved
     assert 'give all of A, B, C' in says(first, second)
     assert 'on a line' in says(first, second, first)
-    assert 'are of different kinds' in says(first, second, wider)
+    assert 'network C and the first are of different kinds' in says(first, second, wider)
     assert 'there is no such file' in says(first, second, str(tmp_path / 'missing.pt'))
 
 
