@@ -108,7 +108,7 @@ def draw_cosines(records, stem):
     epochs = np.linspace(0, records[0]['epochs'], cosines.shape[1], endpoint=False)
     for values in records[0]['cosines']:
         axes.plot(epochs, values, color=COLOURS[5], linewidth=0.7, alpha=0.6)
-    axes.plot([], [], color=COLOURS[5], label='workers of seed 0')
+    axes.plot([], [], color=COLOURS[5], label=f'workers of seed {records[0]["seed"]}')
     axes.plot(epochs, cosines.mean(0), color=COLOURS[0], label=f'mean of {len(cosines)} workers')
     axes.axhline(0, color='black', linewidth=0.8)
     axes.set(xlabel='epochs of phase 2', ylabel='cosine of descent and way')
