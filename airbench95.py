@@ -85,7 +85,7 @@ hyp = {
             'block3': 384,
         },
         'depth': 2,                 # convolutions in a block
-        'residual': False,          # whether a block's first result is added to its last
+        'residual': False,          # whether a shortcut skips all but a block's first convolution
         'batchnorm_momentum': 0.6,  # running <- momentum * running + (1 - momentum) * batch
         'batchnorm_eps': 1e-12,     # added to the variance
         'scaling_factor': 1 / 9,    # of the outputs

@@ -86,7 +86,7 @@ hyp = {
             'block3': 512,
         },
         'depth': 3,                 # convolutions in a block
-        'residual': True,           # whether a block's first result is added to its last
+        'residual': True,           # whether a shortcut skips all but a block's first convolution
         'batchnorm_momentum': 0.9,  # running <- momentum * running + (1 - momentum) * batch
         'batchnorm_eps': 1e-12,     # added to the variance
         'scaling_factor': 1 / 9,    # of the outputs

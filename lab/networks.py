@@ -78,12 +78,15 @@ def load_network(path, recipe, device, dtype):
     """
     saved = read_network(path)
     name = Path(recipe.__file__).name
+    made_by = Path(saved['recipe']).name
     try:
         classes = len(saved['classes'])
         net = recipe.make_net(saved['hyp'], classes, device=device, dtype=dtype)
         net.load_state_dict(saved['weights'])
+    except KeyError as error:
+        line = f'{path}: {made_by} wrote no {error} into its hyp, which {name} needs'
+        raise UserError(line) from error
     except Exception as error:  # another recipe's hyp and weights fail in many ways
-        made_by = Path(saved['recipe']).name
         line = f'{path}: its weights, made by {made_by}, do not fit the network of {name}'
         raise UserError(line) from error
     net.eval()

@@ -83,6 +83,20 @@ def make_loaders(recipe, image_set, hyp, device, dtype):
     return loaders
 
 
+def check_network(recipe, hyp, train_loader):
+    """Raise UserError if the smallest images that the recipe trains on shrink to nothing."""
+    sizes = [value for key, value in flat(hyp).items() if key.endswith('growth.size')]
+    size = min(sizes, default=32)
+    where = {'device': train_loader.device, 'dtype': train_loader.dtype}
+    net = recipe.make_net(hyp, train_loader.num_classes, **where).eval()
+    try:
+        with torch.no_grad():
+            net(torch.zeros(1, 3, size, size, **where))
+    except RuntimeError as error:
+        line = f'this network cannot take images of {size} x {size} pixels'
+        raise UserError(f'{line}: {first_lines(error)}') from error
+
+
 def is_kernel(value):
     """Whether this is one of the functions that launch a Triton kernel."""
     module = getattr(value, '__module__', None)
@@ -343,6 +357,7 @@ def prepare(args, recipe, device, dtype):
     image_set, hyp = choose_data(args.data, recipe, args.overrides)
     loaders = make_loaders(recipe, image_set, hyp, device, dtype)
     train_loader = loaders[0]
+    check_network(recipe, hyp, train_loader)
     options = {'compiles': args.compile, 'kernels': args.kernels}
     faster = make_faster(recipe, train_loader, hyp, **options)
     if is_joint(recipe):

@@ -92,7 +92,7 @@ hyp = {
             'block3': 256,
         },
         'depth': 3,                 # convolutions in a block
-        'residual': True,           # whether a block's first result is added to its last
+        'residual': True,           # whether a shortcut skips all but a block's first convolution
         'batchnorm_momentum': 0.6,  # running <- momentum * running + (1 - momentum) * batch
         'batchnorm_eps': 1e-12,     # added to the variance
         'whiten_kernel': 2,         # height and width of the whitened patches, in pixels

@@ -90,9 +90,9 @@ def main():
     views = TESTS + 6 * uncertain
     # For each kind: its recipe, its name, what to call, and how often a run does it.
     kinds = [
-        ('airbench', 'with the whitening bias', step_of(airbench, True, 32), with_bias),
-        ('airbench', 'without', step_of(airbench, False, 32), steps - with_bias),
-        ('airbench', '2000 tests', tests_of(airbench), 6 * TESTS / 2000),
+        (airbench.__name__, 'with the whitening bias', step_of(airbench, True, 32), with_bias),
+        (airbench.__name__, 'without', step_of(airbench, False, 32), steps - with_bias),
+        (airbench.__name__, '2000 tests', tests_of(airbench), 6 * TESTS / 2000),
     ]
     for name, torchs in (('record', False), ("record, torch's convolutions", True)):
         kinds += [
@@ -114,7 +114,8 @@ def main():
         totals[recipe] += times * median
         print(f'{recipe}, {kind}: {times:.0f} times {median:.3f} s')
     for recipe, total in totals.items():
-        print(f'{recipe}: {total:.0f} s, {total / totals["airbench"]:.3f} of airbench')
+        ratio = total / totals[airbench.__name__]
+        print(f'{recipe}: {total:.0f} s, {ratio:.3f} of {airbench.__name__}')
 
 
 if __name__ == '__main__':

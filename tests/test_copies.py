@@ -1,5 +1,6 @@
 """Shared sections are the same in all recipes, and the check notices if they are not."""
 
+import json
 import subprocess
 import sys
 from importlib import import_module
@@ -20,6 +21,7 @@ from copies import (
 
 import airbench94
 from lab.options import flat
+from records import record94, record95
 
 SOURCE = (ROOT / ORIGINAL).read_text()
 
@@ -191,3 +193,26 @@ def test_hyp_differs_only_where_the_published_scripts_do(name):
     assert list(ours) == list(theirs)
     assert all(type(ours[key]) is type(theirs[key]) for key in ours)
     assert {key: value for key, value in theirs.items() if value != ours[key]} == PUBLISHED[name]
+
+
+NOT_IN_THE_LOG = {'net.depth': 2, 'net.residual': False}  # which were fixed then
+IN_RECORD95 = {
+    'opt.train_epochs': 34.0,
+    'selection.keep': 0.75,
+    'aug.translate': 4,
+    'aug.cutout': 8,
+    'net.depth': 3,
+    'net.residual': True,
+    'target': 0.95,
+}
+
+
+def test_record94_has_the_settings_that_made_the_record():
+    log = json.loads((ROOT / 'logs' / 'record94-cpu.json').read_text())
+    assert flat(record94.hyp) == flat(log['hyp']) | NOT_IN_THE_LOG
+
+
+def test_record95_differs_from_record94_only_where_its_readme_says():
+    ours, theirs = flat(record94.hyp), flat(record95.hyp)
+    assert list(ours) == list(theirs)
+    assert {key: value for key, value in theirs.items() if value != ours[key]} == IN_RECORD95

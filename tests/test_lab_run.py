@@ -1,6 +1,7 @@
 """`lab run` in one process: what it prints and logs, its data, its mistakes, and saved networks."""
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import io
@@ -238,6 +239,14 @@ def test_every_recipe_runs_in_another_folder(name, tmp_path, folder, monkeypatch
     }  # fmt: skip
 
 
+def test_images_that_shrink_to_nothing_are_refused(tmp_path, folder):
+    args = [ROOT / 'records/record94.py', '--data', folder, '--out', tmp_path / 'log', *TINY]
+    for kernel in (3, 9):
+        line = refuse('run', *args, f'net.whiten_kernel={kernel}')
+        assert line.startswith('this network cannot take images of 16 x 16 pixels: ')
+    assert call('run', *args, 'net.whiten_kernel=3', 'growth.size=20') == 0
+
+
 def edit(source, *changes):
     for old, new in changes:
         assert old in source
@@ -297,6 +306,16 @@ def test_pflop_a_run_is_what_was_published(name, changes, published):
     assert pflop == pytest.approx(published, rel=0.02)
     hyp['aug']['flip'] = False  # one view of each test image
     assert 0.9 * pflop < costs_of_run(recipe, hyp, 50000, 10000, 10, {})['pflop'] < pflop
+
+
+@pytest.mark.parametrize(
+    ('name', 'views', 'pflop'), [('record94', 28_000, 0.1619), ('record95', 19_000, 0.6229)]
+)
+def test_pflop_a_run_is_what_the_records_say(name, views, pflop):
+    """A count by hand gave the same. 10,000 views of record94 have 0.0014 PFLOP."""
+    recipe = load_recipe(ROOT / 'records' / f'{name}.py')
+    costs = costs_of_run(recipe, recipe.hyp, 50000, 10000, 10, {'views': views})
+    assert costs['pflop'] == pytest.approx(pflop, abs=1e-4)
 
 
 #### Warm-up, compiling, kernels ###################################################################
@@ -588,6 +607,14 @@ def test_weights_that_do_not_fit_the_network_are_refused(kept, tmp_path):
     file = change_network(kept, tmp_path / 'net.pt', hyp=hyp)
     fits = 'its weights, made by airbench94.py, do not fit the network of airbench94.py'
     assert refuse(*load_args(file, kept.data)) == f'{file}: {fits}'
+
+
+def test_a_network_of_an_older_recipe_is_refused(kept, tmp_path):
+    hyp = copy.deepcopy(kept.log['hyp'])
+    del hyp['net']['depth']
+    file = change_network(kept, tmp_path / 'net.pt', hyp=hyp)
+    lacks = "airbench94.py wrote no 'depth' into its hyp, which airbench94.py needs"
+    assert refuse(*load_args(file, kept.data)) == f'{file}: {lacks}'
 
 
 def write_picture(path, number):

@@ -242,11 +242,12 @@ def test_a_run_learns_is_recorded_and_repeats_to_the_last_bit(narrow):
         assert torch.equal(net.state_dict()[key], value)
 
 
-def test_a_run_in_bfloat16_on_a_cpu(narrow):
-    narrow['opt']['train_epochs'] = 1
+@pytest.mark.parametrize('recipe', RECORDS.values(), ids=RECORDS)
+def test_a_run_in_bfloat16_on_a_cpu(recipe):
+    narrow = override(recipe.hyp, [*NARROW, 'opt.train_epochs=1'])
     train_loader, test_loader = make_loaders(narrow, dtype=torch.bfloat16)
     train_loader.images, train_loader.labels = [v[:64] for v in TRAIN_SET]
-    net, record = record94.train(train_loader, test_loader, narrow)
+    net, record = recipe.train(train_loader, test_loader, narrow)
     assert 'failed' not in record and record['views'] >= 60
     assert {p.dtype for p in net.parameters()} == {torch.float32}
 
@@ -357,6 +358,15 @@ def test_a_shortcut_skips_all_but_the_first_convolution():
     for conv in convs:
         conv.weight.data.zero_()
     torch.testing.assert_close(block(maps), F.silu(skipped), **CLOSE)
+
+
+@pytest.mark.parametrize(('depth', 'residual'), [(2, True), (3, False), (4, True)])
+def test_a_block_is_as_deep_as_hyp_says_with_or_without_a_shortcut(depth, residual):
+    changes = [*NARROW, f'net.depth={depth}', f'net.residual={residual}']
+    net = record95.make_net(override(record95.hyp, changes), **FLOAT64)
+    for block in list(net)[2:5]:
+        assert sum(isinstance(module, torch.nn.Conv2d) for module in block.modules()) == depth
+        assert any(isinstance(module, record95.Residual) for module in block) == residual
 
 
 @pytest.mark.parametrize('name', RECORDS)
