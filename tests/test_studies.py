@@ -181,12 +181,12 @@ def test_tta_lowers_the_deviation_in_the_kept_logs():
     """As studies/README.md says of variance; with new logs, correct it there."""
     logs = [read_json(file)['runs'] for file in sorted((ROOT / 'logs').glob('*.json'))]
     logs = [runs for runs in logs if len(runs) >= 5]
-    assert (len(logs), sum(map(len, logs))) == (9, 83)
+    assert (len(logs), sum(map(len, logs))) == (10, 88)
     ps = []
     for runs in logs:
         plain, tta = [np.array([run[key] for run in runs]) for key in ('val_acc', 'tta_val_acc')]
         ps.append(variance.p_of_deviation(plain, tta))
-    assert scipy.stats.combine_pvalues(ps).pvalue == pytest.approx(0.009, abs=5e-4)
+    assert scipy.stats.combine_pvalues(ps).pvalue == pytest.approx(0.0156, abs=5e-4)
 
 
 def test_counted_votes_are_enough_without_the_logits(tmp_path):
