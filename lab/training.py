@@ -87,7 +87,7 @@ def check_network(recipe, hyp, train_loader):
     """Raise UserError if the smallest images that the recipe trains on shrink to nothing."""
     sizes = [value for key, value in flat(hyp).items() if key.endswith('growth.size')]
     size = min(sizes, default=32)
-    where = {'device': train_loader.device, 'dtype': train_loader.dtype}
+    where = {'device': train_loader.images.device, 'dtype': train_loader.dtype}
     net = recipe.make_net(hyp, train_loader.num_classes, **where).eval()
     try:
         with torch.no_grad():
