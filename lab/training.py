@@ -92,6 +92,8 @@ def check_network(recipe, hyp, train_loader):
     try:
         with torch.no_grad():
             net(torch.zeros(1, 3, size, size, **where))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         line = f'this network cannot take images of {size} x {size} pixels'
         raise UserError(f'{line}: {first_lines(error)}') from error
